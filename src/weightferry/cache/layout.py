@@ -1,0 +1,97 @@
+"""Every path in a cache folder; nobody else joins strings into one.
+
+::
+
+    CACHE/
+      hub/            a valid Hugging Face cache (HF_HUB_CACHE may point here)
+        models--org--name/{blobs/KEY, snapshots/COMMIT/PATH -> ../../blobs/KEY, refs/REVISION}
+        .locks/models--org--name/KEY.lock      the name that huggingface_hub uses too
+      objects/        the same shape for every other source
+        https--host--folder--DIGEST/{blobs, snapshots, sha256/KEY}
+        .locks/...
+      partial/        what is not whole yet; nothing in here has its final name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+
+from weightferry.manifest import File, Pinned
+from weightferry.sources import safe_path
+
+
+class CacheLayout:
+    """The paths of one cache folder.
+
+    Parameters
+    ----------
+    root
+        The cache folder; it need not exist.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __repr__(self) -> str:
+        return f"CacheLayout({str(self.root)!r})"
+
+    @property
+    def hub(self) -> Path:
+        """What ``HF_HUB_CACHE`` may be set to."""
+        return self.root / "hub"
+
+    def _family(self, pinned: Pinned) -> Path:
+        return self.hub if pinned.source.scheme == "hf" else self.root / "objects"
+
+    def _folder_name(self, pinned: Pinned) -> str:
+        source = pinned.source
+        if source.scheme == "hf":
+            # huggingface_hub's `repo_folder_name`
+            return "--".join([f"{source.repo_type}s", *source.root.split("/")])
+        # Readable first, unique by the digest.
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "--", source.identity.partition("?")[0])[:80]
+        return f"{readable}--{hashlib.sha256(source.identity.encode()).hexdigest()[:16]}"
+
+    def repo(self, pinned: Pinned) -> Path:
+        """The folder of one source, all its commits."""
+        return self._family(pinned) / self._folder_name(pinned)
+
+    def blob(self, pinned: Pinned, file: File) -> Path:
+        """Where the content of a file gets its final name."""
+        return self.repo(pinned) / "blobs" / file.key
+
+    def snapshot(self, pinned: Pinned) -> Path:
+        """The folder that shows one commit under the files' own names; for local sources the source itself."""
+        if pinned.in_place:
+            return Path(pinned.source.root)
+        return self.repo(pinned) / "snapshots" / pinned.commit
+
+    def pointer(self, pinned: Pinned, file: File) -> Path:
+        """The link to a file's content in the snapshot."""
+        return self.snapshot(pinned) / file.path
+
+    def ref(self, pinned: Pinned) -> Path | None:
+        """The file that says which commit a branch is at; None where there are no branches, or for a commit itself."""
+        revision = pinned.source.revision or "main"
+        if pinned.source.scheme != "hf" or revision == pinned.commit:
+            return None
+        return self.repo(pinned) / "refs" / safe_path(revision)
+
+    def lock(self, pinned: Pinned, file: File) -> Path:
+        """The lock that huggingface_hub takes for the same content."""
+        return self._family(pinned) / ".locks" / self._folder_name(pinned) / f"{file.key}.lock"
+
+    def sha256_note(self, pinned: Pinned, file: File) -> Path:
+        """Where the SHA-256 of a file is kept whose origin publishes no checksum."""
+        return self.repo(pinned) / "sha256" / file.key
+
+    def partial_pattern(self, file: File) -> tuple[Path, str]:
+        """The folder and the glob of all partial data of a file."""
+        return self.root / "partial", f"{file.key}.*"
+
+    def new_partial(self, file: File) -> Path:
+        """A name for partial data that nobody else uses: where locks do not exclude, writers must still not meet."""
+        return self.root / "partial" / f"{file.key}.{secrets.token_hex(8)}"

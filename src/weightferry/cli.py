@@ -1,0 +1,126 @@
+"""The command line: thin, and quick to start, since everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from weightferry._version import __version__
+from weightferry.errors import CollectError
+
+if TYPE_CHECKING:
+    from weightferry.report.run import RunReport
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="weightferry")
+@click.option("-v", "--verbose", count=True, help="Say what happens (-v), or everything (-vv), on standard error.")
+def main(verbose: int) -> None:
+    """Get pretrained weights onto every node of a cluster and into every rank."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger("weightferry")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--revision", metavar="R", help="Branch, tag or commit, for the Hub.")
+@click.option("--cache-dir", metavar="D", type=click.Path(path_type=Path), help="The cache folder of this node.")
+@click.option("--to", metavar="DIR", type=click.Path(path_type=Path), help="Link the files here under their own paths.")
+@click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
+@click.option("--report", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON report.")
+def stage(
+    source: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    to: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    report: Path | None,
+) -> None:
+    """Bring SOURCE onto every node of the job.
+
+    SOURCE is org/name or hf://org/name@revision/path on the Hugging Face Hub, a URL (http, s3, gs, and all that fsspec
+    knows), or a path. Run it alone, or once per rank under torchrun, srun or mpirun: the ranks find each other from the
+    environment.
+
+    Exits with 0, with 1 when anything failed on any rank, or with 2 for a wrong call.
+    """
+    from weightferry.cluster.agree import Wish
+    from weightferry.cluster.connect import joined
+    from weightferry.cluster.topology import read_topology
+    from weightferry.settings import Settings
+    from weightferry.sources import Ask
+    from weightferry.staging import collect
+
+    def wish() -> Wish:
+        ask = Ask.of(source, revision=revision, allow=include, ignore=exclude)
+        return Wish({"": ask}, into=to and to.expanduser().absolute())
+
+    try:
+        settings = Settings.from_environ(cache_dir=cache_dir)
+        topology = read_topology()
+        with joined(settings, topology) as control, _told(topology.rank):
+            collected = collect(wish, control, settings, "stage")
+            if topology.rank == 0:
+                _conclude(collected.report, collected.paths[""], report)
+    except CollectError as error:
+        _tell(error, rank=0)
+        sys.exit(1)
+
+
+def _conclude(run: RunReport, path: Path, report: Path | None) -> None:
+    from weightferry.report.text import summary
+
+    if report is not None:
+        try:
+            run.write(report)
+        except OSError as error:
+            raise CollectError(f"the files are staged, but the report could not be written: {error}") from error
+    click.echo(summary(run, path))
+
+
+@contextlib.contextmanager
+def _told(rank: int) -> Iterator[None]:
+    """Say what failed before this rank leaves the others: whoever exits first makes torchrun end all the rest."""
+    try:
+        yield
+    except CollectError as error:
+        _tell(error, rank)
+        raise SystemExit(1) from error
+
+
+def _tell(error: CollectError, rank: int) -> None:
+    """Say all on rank 0, one short line elsewhere."""
+    text = str(error).removeprefix("failed in ")
+    if rank == 0:
+        click.echo(f"weightferry: {type(error).__name__}: {text}", err=True)
+    else:
+        click.echo(f"weightferry: rank {rank} stops: {text.splitlines()[0][:160]}", err=True)
+
+
+@main.command()
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep the nodes' caches here.")
+def demo(folder: Path | None) -> None:
+    """Stage and load a real model on 2 nodes x 2 ranks, on this machine: cold, then warm."""
+    from weightferry.testing.demo import DemoError, run
+
+    try:
+        run(folder)
+    except DemoError as error:
+        click.echo(f"weightferry: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Rank 0's part of a round: gather what the others publish, notice who is dead, give the verdict, wake everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import distributed as dist
+
+from weightferry.cluster.control import Outcome, Verdict
+from weightferry.cluster.store import put
+from weightferry.errors import Failure, LeaderLost, ranges
+from weightferry.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Seconds to wait for more failures after the first, so that the error says all that failed, not just what failed first.
+_GRACE = 0.5
+# Seconds between two looks for outcomes: short at first, since most rounds take a millisecond.
+_SHORTEST_LOOK, _LONGEST_LOOK = 0.0005, 0.05
+_SAY_MISSING_EVERY = 60.0
+
+
+class Bell:
+    """Rank 0's signs of life, which wake everybody who waits for a verdict.
+
+    Waiting for the next tick, rather than for the verdict with a time limit, makes a wait end by itself: neither
+    polling nor time-outs while all is well.
+    """
+
+    _KEPT = 100  # ticks; a waiting rank that reads the count and then waits for the next tick is never that slow
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store = store
+        self.hosts: dict[int, str] = {}  # by rank, as far as outcomes told: for the errors of later rounds
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def ring(self) -> None:
+        """Wake everybody who waits."""
+        with self._lock:
+            self._count += 1
+            # The tick first: who reads the old count in between finds its tick there, and looks again.
+            self.store.set(f"tick/{self._count}", "")
+            self.store.add("ticks", 1)
+            self.store.delete_key(f"tick/{self._count - self._KEPT}")
+
+    @classmethod
+    def keys(cls, store: dist.Store) -> list[str]:
+        """What is in the store because of it."""
+        count = store.add("ticks", 0)
+        return [*(f"tick/{number}" for number in range(max(1, count - cls._KEPT), count + 1)), "ticks"]
+
+
+class Gathering:
+    """One round, seen from rank 0."""
+
+    def __init__(self, bell: Bell, name: str, phase: str, ranks: Collection[int], settings: Settings) -> None:
+        self._bell, self._name, self._phase, self._settings = bell, name, phase, settings
+        self._hosts = bell.hosts
+        self._store = bell.store
+        self._missing = set(ranks)
+        self._read = 0
+        self._outcomes: dict[int, Outcome] = {}
+        self._pulse = _Pulse(settings.beat_timeout)
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """End without a verdict: this process is going."""
+        self._given_up.set()
+
+    def run(self, combine: Callable[[Mapping[int, Any]], Any]) -> None:
+        """Gather, judge, publish."""
+        with contextlib.suppress(dist.DistError):  # no store, no verdict: everybody notices by themselves
+            failures = self._gather()
+            if self._given_up.is_set():
+                return
+            verdict = Verdict(failures=failures) if failures else self._combined(combine)
+            put(self._store, f"verdict/{self._name}", pickle.dumps(verdict))
+            self._bell.ring()
+            for number in range(1, self._read + 1):
+                self._store.delete_key(f"arrived/{self._name}/{number}")
+            self._store.delete_key(f"arrivals/{self._name}")
+
+    def _combined(self, combine: Callable[[Mapping[int, Any]], Any]) -> Verdict:
+        values = {rank: self._outcomes[rank].value for rank in sorted(self._outcomes)}
+        published, _ = Outcome.of(0, self._hosts.get(0, "rank 0's host"), self._phase, "", lambda: combine(values))
+        outcome: Outcome = pickle.loads(published)  # noqa: S301 -- our own
+        return Verdict(outcome.value, {0: outcome.failure} if outcome.failure else None)
+
+    def _gather(self) -> dict[int, Failure]:
+        """Wait for all outcomes; a failure or a death ends the wait after a moment of grace."""
+        began = said = time.monotonic()
+        ends_at, look, judge_at = float("inf"), _SHORTEST_LOOK, began + self._settings.beat_interval
+        failures: dict[int, Failure] = {}
+        while self._missing and time.monotonic() < ends_at and not self._given_up.wait(look):
+            arrived = self._arrivals()
+            look = _SHORTEST_LOOK if arrived else min(2 * look, _LONGEST_LOOK)
+            failures |= {outcome.rank: outcome.failure for outcome in arrived if outcome.failure}
+            now = time.monotonic()
+            if now > judge_at:
+                failures |= self._dead(now - began)
+                judge_at = now + self._settings.beat_interval
+            if failures:
+                ends_at = min(ends_at, now + _GRACE)
+            if now - said > _SAY_MISSING_EVERY and self._phase == "agree":
+                said = now
+                logger.warning("still missing after %.0f s: ranks %s", now - began, ranges(list(self._missing)))
+        return failures
+
+    def _arrivals(self) -> list[Outcome]:
+        count = self._store.add(f"arrivals/{self._name}", 0)
+        if count == self._read:
+            return []
+        keys = [f"arrived/{self._name}/{number}" for number in range(self._read + 1, count + 1)]
+        self._read = count
+        arrived = [pickle.loads(value) for value in self._store.multi_get(keys)]  # noqa: S301 -- ranks of this job
+        for outcome in arrived:
+            self._outcomes[outcome.rank] = outcome
+            self._hosts[outcome.rank] = outcome.host
+            self._missing.discard(outcome.rank)
+        return arrived
+
+    def _dead(self, waited: float) -> dict[int, Failure]:
+        """Find the missing ranks that are gone: no more signs of life, left on the way, or never called in time."""
+        here = self._with_a_beat()
+        beats = dict(zip(here, self._store.multi_get(list(here.values())), strict=True)) if here else {}
+        told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for {self._settings.beat_timeout:.0f} s")
+        for rank in self._missing - here.keys():
+            if self._phase != "agree":
+                told[rank] = "left in the middle of the operation"
+            elif waited > self._settings.agree_timeout:
+                told[rank] = f"did not call within {waited:.0f} s"
+        return {
+            rank: Failure(rank, self._hosts.get(rank, "an unknown host"), self._phase, LeaderLost.__name__, text)
+            for rank, text in told.items()
+        }
+
+    def _with_a_beat(self) -> dict[int, str]:
+        # multi_get waits for keys that are not there: who has none is sorted out first, in one request when all have.
+        keys = {rank: f"beat/{rank}" for rank in self._missing}
+        if self._store.check(list(keys.values())):
+            return keys
+        return {rank: key for rank, key in keys.items() if self._store.check([key])}
+
+
+class _Pulse:
+    """Whose count of beats has stood still for too long."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._seen: dict[int, tuple[bytes, float]] = {}
+
+    def stopped(self, beats: Mapping[int, bytes]) -> list[int]:
+        """Take the counts as they are now; return the ranks whose count has not changed for the time-out."""
+        now = time.monotonic()
+        for rank, count in beats.items():
+            if rank not in self._seen or self._seen[rank][0] != count:
+                self._seen[rank] = (count, now)
+        return [rank for rank in beats if now - self._seen[rank][1] > self._timeout]

@@ -1,0 +1,143 @@
+"""Who am I: rank and size from whatever launched this process.
+
+Environment variables are hints from launchers; a process group that is already there knows better and wins.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightferry.errors import BadRequest
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Which variables a launcher sets.
+
+    Attributes
+    ----------
+    name
+        For readers.
+    rank, world_size, local_rank, local_world_size, node_rank
+        Names of variables; the first two are always set by it, the others may be missing.
+    """
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+    node_rank: str = ""
+
+
+# In the order in which they win: torchrun inside srun sets both sets, and its own are the right ones. For Slurm the
+# step's size counts, not SLURM_NTASKS: a batch script outside srun has SLURM_PROCID=0 and SLURM_NTASKS=N, yet is alone.
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    Launcher(
+        "slurm",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NODEID",
+    ),
+    # submitit's local executor knows one node only.
+    Launcher(
+        "submitit",
+        "SUBMITIT_LOCAL_GLOBALID",
+        "SUBMITIT_LOCAL_NTASKS",
+        "SUBMITIT_LOCAL_LOCALID",
+        "SUBMITIT_LOCAL_NTASKS",
+    ),
+    Launcher(
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher("pmix", "PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE"),
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One process's place in the job.
+
+    Attributes
+    ----------
+    rank, world_size : int
+        As in torchrun.
+    local_rank : int
+        Place among the ranks of the node, as the launcher counts.
+    local_world_size : int or None
+        Ranks on this node; None when the launcher does not say.
+    launcher : str
+        Whose variables these are; ``alone`` when there are none.
+    host : str
+        Host name.
+    node_rank : str
+        The launcher's number for the node, or empty. Two agents of torchrun on one host are two nodes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int | None = 1
+    launcher: str = "alone"
+    host: str = "localhost"
+    node_rank: str = ""
+
+
+def read_topology(environ: Mapping[str, str] | None = None, host: Callable[[], str] = socket.gethostname) -> Topology:
+    """Find this process's place from the environment.
+
+    Raises
+    ------
+    BadRequest
+        A launcher's variables contradict themselves.
+    """
+    environ = os.environ if environ is None else environ
+    for launcher in LAUNCHERS:
+        if launcher.rank in environ and launcher.world_size in environ:
+            return _read(launcher, environ, host())
+    return Topology(host=host())
+
+
+def _read(launcher: Launcher, environ: Mapping[str, str], host: str) -> Topology:
+    rank, size = _int(environ, launcher.rank), _int(environ, launcher.world_size)
+    local_rank = environ.get(launcher.local_rank, "")
+    local_size = environ.get(launcher.local_world_size, "")
+    if not 0 <= rank < size:
+        raise BadRequest(f"{launcher.rank}={rank} is not a rank of {launcher.world_size}={size}")
+    return Topology(
+        rank=rank,
+        world_size=size,
+        local_rank=int(local_rank) if local_rank.isdigit() else 0,
+        # Slurm writes "2(x4),1" when nodes differ: not a number, and not needed.
+        local_world_size=int(local_size) if local_size.isdigit() else None,
+        launcher=launcher.name,
+        host=host,
+        node_rank=environ.get(launcher.node_rank, ""),
+    )
+
+
+def _int(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise BadRequest(f"{name} must be a whole number, it is {environ[name]!r}") from None
+
+
+def boot_id() -> str:
+    """Name the running kernel: ranks with the same one share one machine, whatever their host names."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

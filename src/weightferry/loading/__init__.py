@@ -1,0 +1,1 @@
+"""From a whole file on disk into the user's objects."""

@@ -1,0 +1,210 @@
+"""How a file gets into objects of the types that torch and sentencepiece define."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from weightferry.errors import CollectError, LoadError
+from weightferry.loading.keys import unwrap
+from weightferry.loading.modules import Fit, copy_into, fit
+from weightferry.loading.readers import read_state
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Collection
+
+    from torch import nn
+
+    PathLike: TypeAlias = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 20
+# What SpeechBrain writes where a CyclicLR of its time held a weak reference, which cannot be pickled.
+_WEAKREF_MARKER = "WEAKREF"
+
+
+def transfer_module(module: nn.Module, path: PathLike) -> None:
+    """Copy what fits from a file into a module; what does not is said in one warning per kind.
+
+    The module may be wrapped in DistributedDataParallel, DataParallel or torch.compile, and so may the one have been
+    that was saved. Parameters and buffers stay the objects they are, on their devices, tied ones tied; values are
+    converted to their dtypes.
+
+    Raises
+    ------
+    LoadError
+        Shapes differ (all of them are listed), no key fits, or the file holds no mapping of tensors. Nothing is
+        written then, except where a submodule that overrides how it reads its state fails by itself.
+    """
+    fitted = _fit_file(module, path)
+    missing, unexpected = copy_into(fitted, strict=False)
+    if fitted.free and fitted.wanted and set(missing) >= set(fitted.wanted):
+        raise _none_fits(fitted, path)
+    _say_conversions(fitted, path)
+    kind = type(fitted.module).__name__
+    if missing:
+        logger.warning(
+            "%s: %d of the %d keys of %s are not in the file and keep their values: %s",
+            *(path, len(missing), len(fitted.wanted), kind, _some(missing)),
+        )
+    if unexpected:
+        logger.warning(
+            "%s: %s has no use for %d of the %d keys in the file: %s",
+            *(path, kind, len(unexpected), len(fitted.given), _some(unexpected)),
+        )
+
+
+def load_module(module: nn.Module, path: PathLike, end_of_epoch: bool = False) -> None:
+    """Copy a file into a module as `transfer_module` does; that a key is missing or left over is an error.
+
+    Raises
+    ------
+    LoadError
+        As `transfer_module`, and if the keys of file and module are not the same.
+    """
+    del end_of_epoch
+    fitted = _fit_file(module, path)
+    missing, unexpected = fitted.certain(fitted.missing), fitted.certain(fitted.unexpected)
+    if missing or unexpected:
+        raise LoadError(
+            f"{path} does not have the keys of {type(fitted.module).__name__}; nothing was written. "
+            f"Missing ({len(missing)}): {_some(missing)}. Left over ({len(unexpected)}): {_some(unexpected)}",
+            subject=str(path),
+        )
+    copy_into(fitted, strict=True)
+    _say_conversions(fitted, path)
+
+
+def load_state(obj: Any, path: PathLike, end_of_epoch: bool = False) -> None:
+    """Give a file's state to `obj.load_state_dict`: optimizers, schedulers, gradient scalers.
+
+    Raises
+    ------
+    LoadError
+        The file holds no mapping, or one that was not written by an object of this kind, or the object refuses it.
+    """
+    del end_of_epoch
+    _give_state(obj, _read_mapping(path, mapped=False), path)
+
+
+def load_cyclic_lr(obj: Any, path: PathLike, end_of_epoch: bool = False) -> None:
+    """Load a CyclicLR, also from files in which SpeechBrain has replaced the scale function by a marker."""
+    del end_of_epoch
+    state = dict(_read_mapping(path, mapped=False))
+    if state.get("_scale_fn_ref") == _WEAKREF_MARKER:
+        # The scheduler's own scale function stays; torch asks for the key below, and files of that time lack it.
+        del state["_scale_fn_ref"]
+        state.setdefault("_scale_fn_custom", None)
+    _give_state(obj, state, path)
+
+
+def load_sentencepiece(obj: Any, path: PathLike) -> None:
+    """Load a sentencepiece model.
+
+    Raises
+    ------
+    LoadError
+        The file holds no model; `obj` keeps the one it has.
+    """
+    from sentencepiece import SentencePieceProcessor  # obj is one, so this imports nothing
+
+    try:
+        content = Path(path).read_bytes()
+        # A processor that fails to load is left without its former model.
+        SentencePieceProcessor().LoadFromSerializedProto(content)
+    except (OSError, RuntimeError) as error:
+        text = f"{path} holds no sentencepiece model, or is truncated or damaged: {error}"
+        raise LoadError(text, subject=str(path)) from error
+    obj.LoadFromSerializedProto(content)
+
+
+def _fit_file(module: nn.Module, path: PathLike) -> Fit:
+    """Compare a file with a module, and raise before anything is written if they do not fit."""
+    fitted = fit(_read_mapping(path, mapped=True), unwrap(module))
+    kind = type(fitted.module).__name__
+    if fitted.none_fits:
+        raise _none_fits(fitted, path)
+    if fitted.on_meta:
+        raise LoadError(
+            f"{path}: {kind} has no memory to load into, {len(fitted.on_meta)} of its tensors are on the meta device; "
+            "call its to_empty(device=...) first",
+            subject=str(path),
+        )
+    if fitted.offenders:
+        listed = "\n  ".join(fitted.offenders)
+        raise LoadError(
+            f"{path}: {len(fitted.offenders)} tensors do not fit into {kind}; nothing was written:\n  {listed}",
+            subject=str(path),
+        )
+    return fitted
+
+
+def _read_mapping(path: PathLike, *, mapped: bool) -> Mapping[str, Any]:
+    state = read_state(path, mapped=mapped)
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise LoadError(f"{path} holds a {kind}, not a mapping from names to values", subject=str(path))
+    odd = [key for key in state if not isinstance(key, str)]
+    if odd:
+        raise LoadError(f"{path} has keys that are no names: {_some([repr(key) for key in odd])}", subject=str(path))
+    return state
+
+
+def _give_state(obj: Any, state: Mapping[str, Any], path: PathLike) -> None:
+    kind = type(obj).__name__
+    own = obj.state_dict().keys()
+    # Schedulers take anything: they would carry a model's weights as attributes from then on.
+    if own and not own & state.keys():
+        raise LoadError(
+            f"{path} holds no state of {kind}: its keys are {_some(list(state))}; {kind} has {_some(list(own))}",
+            subject=str(path),
+        )
+    try:
+        obj.load_state_dict(state)
+    except CollectError:
+        raise
+    except Exception as error:
+        raise LoadError(
+            f"{path}: {kind} does not take this state ({type(error).__name__}: {error}); its keys are "
+            f"{_some(list(state))}",
+            subject=str(path),
+        ) from error
+
+
+def _none_fits(fitted: Fit, path: PathLike) -> LoadError:
+    kind = type(fitted.module).__name__
+    lines = [
+        f"{path}: none of its {len(fitted.given)} keys is one that {kind} wants; nothing was written.",
+        f"  It has: {_some(list(fitted.given), 5)}",
+        f"  {kind} wants: {_some(list(fitted.wanted), 5)}",
+    ]
+    nested = [key for key, value in fitted.given.items() if isinstance(value, Mapping) and value]
+    if nested:
+        sizes = ", ".join(f"{key!r} (a mapping of {len(fitted.given[key])})" for key in nested[:5])
+        lines.append(
+            f"  The weights may be inside of {sizes}. A custom hook can take them out: "
+            f"`lambda module, path: module.load_state_dict(read_state(path)[{nested[0]!r}])`, "
+            "with `read_state` from weightferry.loading.readers"
+        )
+    return LoadError("\n".join(lines), subject=str(path))
+
+
+def _say_conversions(fitted: Fit, path: PathLike) -> None:
+    for (theirs, ours), keys in fitted.conversions.items():
+        loses = not torch.can_cast(theirs, ours)
+        level = logging.WARNING if loses else logging.INFO
+        note = ", which cannot hold every value" if loses else ""
+        logger.log(
+            level, "%s: %d tensors converted from %s to %s%s: %s", path, len(keys), theirs, ours, note, _some(keys)
+        )
+
+
+def _some(names: Collection[str], limit: int = _NAMES_SHOWN) -> str:
+    shown = ", ".join(list(names)[:limit]) or "none"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

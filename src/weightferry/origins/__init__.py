@@ -1,0 +1,1 @@
+"""Where bytes come from: one small protocol, and one module per kind of origin."""

@@ -1,0 +1,70 @@
+"""Folders that this rank sees: used where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from weightferry.errors import BadRequest, SourceNotFound
+from weightferry.manifest import File, Pinned
+from weightferry.origins.base import CHUNK, closest
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+
+class FilesystemOrigin:
+    """Local files and folders. A file is pinned by its size: every rank checks that it sees the same."""
+
+    def __init__(self, settings: Settings) -> None:
+        del settings  # nothing here can be waited for
+
+    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+        """See `Origin.resolve`."""
+        root = Path(source.root)
+        if root.is_file() and list(paths) == [""]:
+            source = Source(source.scheme, str(root.parent), root.name)
+            root, paths = root.parent, [root.name]
+        if not root.is_dir():
+            raise SourceNotFound("no such local file or folder", subject=str(root))
+        files = {file.path: file for path in paths for file in _files(root, path)}
+        return Pinned(source, "", tuple(files[path] for path in sorted(files)))
+
+    @contextmanager
+    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+        """See `Origin.read`."""
+        with (Path(pinned.source.root) / path).open("rb") as file:
+            file.seek(start)
+            yield _chunks(file.read, None if stop is None else stop - start)
+
+
+def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:
+    while left is None or left > 0:
+        chunk = read(CHUNK if left is None else min(CHUNK, left))
+        if not chunk:
+            return
+        left = None if left is None else left - len(chunk)
+        yield chunk
+
+
+def _files(root: Path, path: str) -> Iterator[File]:
+    at = root / path
+    if at.is_file():
+        yield File(path, at.stat().st_size)
+    elif at.is_dir():
+        for folder, _, names in os.walk(at, followlinks=True, onerror=_raise):
+            for name in names:
+                file = Path(folder) / name
+                yield File(file.relative_to(root).as_posix(), file.stat().st_size)
+    elif at.is_symlink():
+        raise SourceNotFound(f"a link that leads nowhere, to {os.readlink(at)}", subject=str(at))
+    elif at.exists():
+        raise BadRequest("neither a file nor a folder", subject=str(at))
+    else:
+        there = [entry.name for entry in at.parent.iterdir()] if at.parent.is_dir() else []
+        raise SourceNotFound(f"no such file{closest(at.name, there)}", subject=str(at))
+
+
+def _raise(error: OSError) -> None:
+    raise error

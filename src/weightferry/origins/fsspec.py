@@ -1,0 +1,105 @@
+"""Every other URL that fsspec knows: s3://, gs://, az://, memory://, zip://...::..."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceNotFound, redact
+from weightferry.manifest import File, Pinned, listing_commit
+from weightferry.origins.base import CHUNK, TransientOriginError, reject_climbing
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# What says which version of an object this is, by the name each back end gives it in `info()`.
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "versionId", "generation", "LastModified", "mtime", "created")
+
+
+class FsspecOrigin:
+    """Objects behind fsspec, pinned by what the store says of their version."""
+
+    def __init__(self, settings: Settings) -> None:
+        del settings  # each back end has its own configuration, from its own environment variables
+
+    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+        """See `Origin.resolve`."""
+        with _translated(source):
+            fs, root = _open(source)
+            fs.invalidate_cache()
+            if list(paths) == [""] and fs.isfile(root):
+                above, _, name = source.root.rpartition("/")
+                source, paths = Source(source.scheme, above, name), [name]
+                fs, root = _open(source)
+            found = {file.path: file for path in paths for file in _files(fs, root.rstrip("/"), path, source)}
+        files = tuple(found[path] for path in sorted(found))
+        return Pinned(source, listing_commit(files), files)
+
+    @contextmanager
+    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+        """See `Origin.read`."""
+        with _translated(pinned.source):
+            fs, root = _open(pinned.source)
+            size = pinned.file(path).size
+            end = min(stop, size) if stop is not None and size is not None else (size if stop is None else stop)
+            yield _pieces(fs, f"{root.rstrip('/')}/{path}", start, end)
+
+
+def _pieces(fs: Any, name: str, start: int, stop: int | None) -> Iterator[bytes]:
+    # cat_file asks the store for just these bytes; fs.open() would add a read-ahead cache of its own. Stores answer
+    # in tens of milliseconds, so a request should bring megabytes.
+    step = 16 * CHUNK
+    while stop is None or start < stop:
+        piece: bytes = fs.cat_file(name, start=start, end=start + step if stop is None else min(start + step, stop))
+        if not piece:
+            return
+        start += len(piece)
+        yield piece
+
+
+def _open(source: Source) -> tuple[Any, str]:
+    try:
+        fs, root = url_to_fs(source.root)
+    except ImportError as error:
+        extra = _EXTRAS.get(source.scheme)
+        what = f"pip install 'weightferry[{extra}]'" if extra else redact(str(error))
+        raise BadRequest(f"{source.scheme}:// needs a package that is not installed: {what}") from error
+    return fs, root
+
+
+def _files(fs: Any, root: str, path: str, source: Source) -> Iterator[File]:
+    at = f"{root}/{path}" if path else root
+    listed = fs.find(at, detail=True)
+    if not listed:
+        raise SourceNotFound("nothing there", subject=f"{source}/{path}" if path else str(source))
+    for name, info in listed.items():
+        below = name[len(root) :].lstrip("/")
+        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+        try:
+            yield File(below, info.get("size"), version=version)
+        except (ValueError, BadRequest) as error:
+            raise reject_climbing(below, str(source)) from error
+
+
+@contextmanager
+def _translated(source: Source) -> Iterator[None]:
+    """Turn what back ends raise into ours: fsspec asks them for the built-in `OSError` classes."""
+    subject = str(source)
+    try:
+        yield
+    except (BadRequest, OriginError, SourceNotFound, AccessDenied):
+        raise
+    except FileNotFoundError as error:
+        raise SourceNotFound(redact(f"not there: {error}"), subject=subject) from error
+    except PermissionError as error:
+        raise AccessDenied(redact(f"no access: {error}"), subject=subject) from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise SourceNotFound(redact(str(error)), subject=subject) from error
+    except (OSError, TimeoutError) as error:
+        raise TransientOriginError(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
+    except ValueError as error:
+        # url_to_fs raises it for a scheme that nobody registered.
+        raise BadRequest(redact(str(error)), subject=subject) from error

@@ -1,0 +1,159 @@
+"""The Hugging Face Hub, through huggingface_hub's own session and rules for tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from weightferry._version import __version__
+from weightferry.errors import AccessDenied, CollectError, OriginError, SourceNotFound
+from weightferry.hashing import Checksum
+from weightferry.manifest import File, Pinned
+from weightferry.origins.base import closest, reject_climbing
+from weightferry.origins.http import get_range, status_error, timeouts, translated
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+
+class HubOrigin:
+    """Repositories of the Hub at ``HF_ENDPOINT``.
+
+    Metadata costs one request a repository: `repo_info` with file metadata gives the commit together with the size and
+    the checksum of every file. Only the rank that resolves makes it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._api = HfApi(library_name="weightferry", library_version=__version__)
+
+    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+        """See `Origin.resolve`."""
+        subject = str(source)
+        with translated(subject), _hub_errors(source):
+            info: Any = self._api.repo_info(
+                source.root,
+                revision=source.revision,
+                repo_type=source.repo_type,
+                timeout=self._settings.read_timeout,
+                files_metadata=True,
+            )
+        there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        wanted = {name for path in paths for name in _below(path, list(there), subject)}
+        return Pinned(source, info.sha, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
+
+    @contextmanager
+    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+        """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
+        source, subject = pinned.source, f"{pinned.name}/{path}"
+        # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
+        url = hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(pinned.commit, safe=""))
+        headers = build_hf_headers(library_name="weightferry", library_version=__version__)
+        with (
+            _hub_errors(source),
+            get_range(
+                _Checked(get_session()), url, headers, subject, start, stop, timeout=timeouts(self._settings)
+            ) as response,
+        ):
+            yield response.iter_raw()
+
+
+class _Checked:
+    """A session whose responses went through huggingface_hub's own reading of the Hub's error codes."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    @contextmanager
+    def stream(self, method: str, url: str, **options: Any) -> Iterator[Any]:
+        with self._session.stream(method, url, **options) as response:
+            if response.status_code >= 400:
+                response.read()  # the reason may stand in the body
+                hf_raise_for_status(response)
+            yield response
+
+
+def _below(path: str, there: Sequence[str], subject: str) -> list[str]:
+    found = [name for name in there if not path or name == path or name.startswith(f"{path}/")]
+    if path and not found:
+        raise SourceNotFound(f"no file or folder {path!r} there{closest(path, there)}", subject=f"{subject}/{path}")
+    return found
+
+
+def _file(sibling: Any, subject: str) -> File:
+    name, lfs = sibling.rfilename, sibling.lfs
+    checksum = None
+    if lfs is not None:
+        checksum = Checksum("sha256", _hex(lfs["sha256"], 64, subject))
+    elif sibling.blob_id:
+        checksum = Checksum("git-sha1", _hex(sibling.blob_id, 40, subject))
+    try:
+        return File(name, lfs["size"] if lfs is not None else sibling.size, checksum)
+    except ValueError as error:
+        raise reject_climbing(name, subject) from error
+
+
+def _hex(text: str, length: int, subject: str) -> str:
+    # The checksum becomes a file name in the cache.
+    if len(text) != length or any(c not in "0123456789abcdef" for c in text):
+        raise OriginError(f"the Hub published {text!r} as a checksum", subject=subject)
+    return text
+
+
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    """Turn huggingface_hub's errors into ours, with what the user can do about them."""
+    subject = str(source)
+    try:
+        yield
+    except GatedRepoError as error:
+        raise _denied(source, "gated: accept its terms on the Hub, then ", error) from error
+    except RevisionNotFoundError as error:
+        raise SourceNotFound(f"no revision {source.revision or 'main'!r} there", subject=subject) from error
+    except EntryNotFoundError as error:
+        raise SourceNotFound("no such file at that commit", subject=subject) from error
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code == 403:
+            raise _denied(source, "", error) from error
+        also = " (and no local folder of that name)" if source.guessed else ""
+        hint = f"no such {source.repo_type} on {constants.ENDPOINT}{also}, or it is private and {_token_hint()}"
+        raise SourceNotFound(hint, subject=subject) from error
+    except OfflineModeIsEnabled as error:
+        raise OriginError("HF_HUB_OFFLINE is set: the Hub may not be asked", subject=subject) from error
+    except HFValidationError as error:
+        raise SourceNotFound(f"not a repository id: {error}", subject=subject) from error
+    except HfHubHTTPError as error:
+        raise _by_status(error, source) from error
+
+
+def _by_status(error: HfHubHTTPError, source: Source) -> CollectError:
+    response = error.response
+    if response.status_code in (401, 403):
+        return _denied(source, "", error)
+    return status_error(response.status_code, response.headers, str(source), said=error.server_message or "")
+
+
+def _denied(source: Source, prefix: str, error: HfHubHTTPError) -> AccessDenied:
+    status = error.response.status_code if error.response is not None else 401
+    return AccessDenied(f"HTTP {status}: {prefix}{_token_hint()}", subject=str(source))
+
+
+def _token_hint() -> str:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return "the token of this rank (HF_TOKEN, or `hf auth login`) has no access to it"
+    return "this rank has no token: set HF_TOKEN, or run `hf auth login`"

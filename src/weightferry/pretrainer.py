@@ -1,0 +1,227 @@
+"""Pretrainer: what the user declares, with the interface of SpeechBrain's class of that name."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from weightferry.cluster.agree import Wish
+from weightferry.cluster.connect import operation
+from weightferry.cluster.control import Control
+from weightferry.errors import BadRequest
+from weightferry.report.run import RunReport
+from weightferry.settings import Settings
+from weightferry.sources import Ask, FetchSource, SourceLike, safe_path
+from weightferry.staging import collect
+
+logger = logging.getLogger(__name__)
+
+PARAMFILE_EXT = ".ckpt"
+"""The ending of every link in `collect_in`, and of the files looked for in a default source."""
+
+
+class Pretrainer:
+    """Collects pretrained files on every node and loads them on every rank.
+
+    `collect_files` and `load_collected` are collective: every rank calls them, in the same order. One process without
+    any process group is the same with one rank.
+
+    Guaranteed: what `collect_files` returns was opened on this rank and has the size, and when it was transferred the
+    checksum, that its origin publishes; when anything fails anywhere, every rank raises. Not guaranteed: that nobody
+    removes a file from the cache afterwards.
+
+    Parameters
+    ----------
+    collect_in : str or Path or None
+        Folder for the links, made with its parents; the link of a loadable is ``NAME.ckpt``. None: no links.
+    loadables : mapping of str to object
+        What is loaded into, by name.
+    paths : mapping of str to (str or FetchSource)
+        By name, a file: its last part is the file's name, the rest is a source. Loadables without one come from the
+        default source.
+    custom_hooks : mapping of str to callable
+        By name, ``hook(object, path)``; wins over the hooks of the object's class.
+    conditions : mapping of str to (bool or callable)
+        By name, whether it takes part; a callable is asked each time.
+    cache_dir : str or Path, optional
+        The cache folder of this rank.
+    settings : Settings, optional
+        All limits; default: from the environment. `cache_dir` wins over the one in it.
+    """
+
+    def __init__(
+        self,
+        collect_in: str | Path | None = "./model_checkpoints",
+        loadables: Mapping[str, Any] | None = None,
+        paths: Mapping[str, str | FetchSource] | None = None,
+        custom_hooks: Mapping[str, Callable[[Any, Path], object]] | None = None,
+        conditions: Mapping[str, bool | Callable[[], bool]] | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.loadables: dict[str, Any] = {}
+        self.paths: dict[str, str | FetchSource] = {}
+        self.custom_hooks: dict[str, Callable[[Any, Path], object]] = {}
+        self.conditions: dict[str, bool | Callable[[], bool]] = {}
+        self.set_collect_in(collect_in)
+        self.add_loadables(loadables or {})
+        self.add_paths(paths or {})
+        self.add_custom_hooks(custom_hooks or {})
+        self.add_conditions(conditions or {})
+        self.report: RunReport | None = None
+        self._settings, self._cache_dir = settings, cache_dir
+        self._collected: dict[str, Path] = {}
+        self._alone = False
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(collect_in={self.collect_in}, loadables={list(self.loadables)}, "
+            f"collected={list(self._collected)})"
+        )
+
+    def set_collect_in(self, path: str | Path | None) -> None:
+        """Change the folder for the links."""
+        self.collect_in = None if path is None else Path(path)
+
+    def add_loadables(self, loadables: Mapping[str, Any]) -> None:
+        """Add or replace loadables, by name."""
+        self.loadables.update(loadables)
+
+    def add_paths(self, paths: Mapping[str, str | FetchSource]) -> None:
+        """Add or replace paths, by name."""
+        self.paths.update(paths)
+
+    def add_custom_hooks(self, custom_hooks: Mapping[str, Callable[[Any, Path], object]]) -> None:
+        """Add or replace custom hooks, by name."""
+        self.custom_hooks.update(custom_hooks)
+
+    def add_conditions(self, conditions: Mapping[str, bool | Callable[[], bool]]) -> None:
+        """Add or replace conditions, by name."""
+        self.conditions.update(conditions)
+
+    @overload
+    @staticmethod
+    def split_path(path: str | Path) -> tuple[str, str]: ...
+
+    @overload
+    @staticmethod
+    def split_path(path: FetchSource) -> tuple[FetchSource, str]: ...
+
+    @staticmethod
+    def split_path(path: str | Path | FetchSource) -> tuple[str | FetchSource, str]:
+        """Split a path, URL or Hub path into its source and the name of the file.
+
+        A name alone is a file of the current folder: ``("./", name)``.
+        """
+        if isinstance(path, FetchSource):
+            source, name = Pretrainer.split_path(path.path)
+            return FetchSource(path.FetchFrom, source), name
+        text = str(path)
+        # The slashes in a query (a signed URL's, say) do not split.
+        head, mark, query = text.partition("?") if "://" in text else (text, "", "")
+        source, slash, name = head.rpartition("/")
+        return (source or "/" if slash else "./"), name + mark + query
+
+    def is_loadable(self, name: str) -> bool:
+        """Whether the condition of `name`, if there is one, holds."""
+        condition = self.conditions.get(name, True)
+        return bool(condition() if callable(condition) else condition)
+
+    def collect_files(
+        self, default_source: SourceLike | None = None, internal_ddp_handling: bool = True
+    ) -> dict[str, Path]:
+        """Bring the file of every loadable onto every node, and link it in `collect_in`; collective.
+
+        Parameters
+        ----------
+        default_source : str or Path or FetchSource, optional
+            Where the file ``NAME.ckpt`` of a loadable without a path is.
+        internal_ddp_handling : bool
+            False: this process alone, no coordination with other ranks.
+
+        Returns
+        -------
+        dict of str to Path
+            By name, the absolute local path to load from: the link, or without `collect_in` the file itself. Nothing
+            for loadables whose condition does not hold.
+
+        Raises
+        ------
+        CollectError
+            The same on every rank: `BadRequest` for a loadable without path and default source, or for names that make
+            no link; whatever the origin, the disk or another rank has failed with.
+        """
+        self._alone = not internal_ddp_handling
+        settings = self._limits()
+        with operation(settings, alone=self._alone) as control:
+            collected = collect(lambda: self._wish(default_source), control, settings, "collect")
+        self._collected = dict(collected.paths)
+        self.report = collected.report
+        return dict(self._collected)
+
+    def load_collected(self) -> None:
+        """Load every collected file into its loadable, on every rank; collective.
+
+        A custom hook wins over a transfer hook, which wins over a load hook. What was never collected by this object
+        is looked for in `collect_in`.
+
+        Raises
+        ------
+        LoadError
+            On every rank, when a file could not be loaded on any; `NoHook` for a type that nobody knows to load.
+        """
+        settings = self._limits()
+        with operation(settings, alone=self._alone) as control:
+            control.round("load", lambda: self._load(control), lambda _: None)
+
+    def _load(self, control: Control) -> None:
+        from weightferry.loading.objects import check_loadable, load_object
+
+        names = [name for name in self.loadables if self.is_loadable(name)]
+        paths = {name: self._path_of(name) for name in names}
+        # All questions that cost nothing come before the first parameter is written.
+        for name in names:
+            check_loadable(name, self.loadables[name], self.custom_hooks.get(name))
+        for name in names:
+            control.check()
+            load_object(name, self.loadables[name], paths[name], self.custom_hooks.get(name))
+
+    def _path_of(self, name: str) -> Path:
+        if name in self._collected:
+            return self._collected[name]
+        if self.collect_in is not None:
+            return self.collect_in.absolute() / f"{name}{PARAMFILE_EXT}"
+        raise BadRequest(f"{name!r} was never collected: call collect_files() first", subject=name)
+
+    def _limits(self) -> Settings:
+        settings = self._settings or Settings.from_environ(cache_dir=self._cache_dir)
+        if self._settings is not None and self._cache_dir is not None:
+            settings = replace(settings, cache_dir=Path(self._cache_dir).expanduser().absolute())
+        return settings
+
+    def _wish(self, default_source: SourceLike | None) -> Wish:
+        names = [name for name in self.loadables if self.is_loadable(name)]
+        if self.collect_in is None:
+            return Wish({name: self._ask(name, default_source) for name in names})
+        links: dict[str, str] = {}
+        for name in names:
+            link = safe_path(f"{name}{PARAMFILE_EXT}")
+            other = links.setdefault(posixpath.normpath(link).casefold(), name)
+            if other != name:
+                raise BadRequest(
+                    f"{other!r} and {name!r} would share the link {link} in {self.collect_in}", subject=name
+                )
+        into = self.collect_in.expanduser().absolute()
+        return Wish({name: self._ask(name, default_source) for name in names}, into=into, suffix=PARAMFILE_EXT)
+
+    def _ask(self, name: str, default_source: SourceLike | None) -> Ask:
+        if name in self.paths:
+            return Ask.of(*self.split_path(self.paths[name]))
+        if default_source is not None:
+            return Ask.of(default_source, name + PARAMFILE_EXT)
+        raise BadRequest(f"{name!r} has no path, and there is no default source", subject=name)

@@ -1,0 +1,49 @@
+"""The run report for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightferry.report.run import RunReport
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size(count: float) -> str:
+    """Write bytes as disks are sold: powers of 1000, three digits."""
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def summary(report: RunReport, path: Path) -> str:
+    """One paragraph: what was staged, from where it came, and where it is on this rank."""
+    total = report.total
+    ranks = f"{report.ranks} rank{'s' * (report.ranks != 1)} on {report.nodes} node{'s' * (report.nodes != 1)}"
+    return (
+        f"staged {total['files']:.0f} files, {size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
+        f"{size(total['origin_bytes'])} from the origin, {size(total['peer_bytes'])} from peers, "
+        f"{size(total['cached_bytes'])} already there\n{path}"
+    )
+
+
+def table(report: RunReport) -> str:
+    """One line a domain: leader, ranks, bytes by where they came from, seconds by phase."""
+    phases = list(dict.fromkeys(phase for domain in report.domains for phase in domain.seconds))
+    rows = [["node", "leader", "ranks", "from origin", "from peers", "already there", *phases]]
+    for number, domain in enumerate(report.domains):
+        rows.append(
+            [
+                f"{number} ({domain.host})",
+                f"rank {domain.leader_rank}",
+                ",".join(map(str, domain.ranks)),
+                size(domain.origin_bytes),
+                size(domain.peer_bytes_in),
+                size(domain.cached_bytes),
+                *(f"{domain.seconds.get(phase, 0.0):.2f} s" for phase in phases),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

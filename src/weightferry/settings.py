@@ -1,0 +1,107 @@
+"""All limits and switches in one frozen value, each also an environment variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from weightferry.errors import BadRequest
+
+PREFIX = "WEIGHTFERRY_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits of an operation; equal on all ranks, or the strictest one speaks first.
+
+    Every field may be set by an environment variable: ``WEIGHTFERRY_`` and the field's name in capitals. What the
+    caller passes wins over the environment, which wins over the default.
+
+    Attributes
+    ----------
+    cache_dir : Path
+        The cache folder of this rank. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``. On a
+        cluster name a node-local folder (``/local/...``) where there is one.
+    connections : int
+        Files that one leader reads at a time. Default 8.
+    connect_timeout, read_timeout : float
+        Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
+        Default 10 and 30.
+    retries : int
+        Attempts in a row that bring no byte before a transient error becomes final. Default 5.
+    retry_wait : float
+        Seconds before the first of these attempts; doubled each time up to 60, with jitter. An origin's
+        ``Retry-After`` is honoured when it asks for more. Default 0.5.
+    beat_interval : float
+        Seconds between two signs of life of a rank. Default 2.
+    beat_timeout : float
+        Seconds without a sign of life after which a rank counts as dead. Default 15.
+    agree_timeout : float
+        Seconds that ranks wait for the last one to call. Default 600.
+    lock_timeout : float
+        Seconds to wait for another job's lock on a file before reading it from the origin all the same: the lock
+        saves bandwidth, correctness does not rest on it. Default 1800.
+    partial_ttl : float
+        Seconds after which a partial file that nobody writes to any more is removed. Default 86400.
+    """
+
+    cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
+    connections: int = 8
+    connect_timeout: float = 10.0
+    read_timeout: float = 30.0
+    retries: int = 5
+    retry_wait: float = 0.5
+    beat_interval: float = 2.0
+    beat_timeout: float = 15.0
+    agree_timeout: float = 600.0
+    lock_timeout: float = 1800.0
+    partial_ttl: float = 86400.0
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, int | float) and not value > 0:
+                raise BadRequest(f"setting {spec.name} must be above 0, it is {value}")
+        if self.beat_timeout < 2 * self.beat_interval:
+            raise BadRequest(
+                f"beat_timeout ({self.beat_timeout} s) must be at least twice beat_interval ({self.beat_interval} s)"
+            )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
+        """Read the settings from the environment; `given` values that are not None win.
+
+        Raises
+        ------
+        BadRequest
+            A variable does not hold a number, or a number that makes no sense.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {"cache_dir": default_cache_dir(environ)}
+        for spec in fields(cls):
+            text = environ.get(PREFIX + spec.name.upper())
+            if text and spec.name != "cache_dir":
+                values[spec.name] = _number(spec.name, text, integer=spec.type == "int")
+        values.update({name: value for name, value in given.items() if value is not None})
+        values["cache_dir"] = Path(values["cache_dir"]).expanduser().absolute()
+        return cls(**values)
+
+
+def default_cache_dir(environ: Mapping[str, str]) -> Path:
+    """Where the cache is when nobody says: the XDG cache folder's ``weightferry``."""
+    named = environ.get(PREFIX + "CACHE_DIR")
+    if named:
+        return Path(named).expanduser().absolute()
+    xdg = environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "weightferry"
+
+
+def _number(name: str, text: str, *, integer: bool) -> float:
+    try:
+        return int(text) if integer else float(text)
+    except ValueError:
+        kind = "a whole number" if integer else "a number"
+        raise BadRequest(f"{PREFIX}{name.upper()} must be {kind}, it is {text!r}") from None

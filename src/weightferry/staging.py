@@ -1,0 +1,161 @@
+"""The seven phases of one call, in their order; every rank runs all of this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.publish import show
+from weightferry.cache.survey import Survey, survey
+from weightferry.cluster.agree import Agreed, Introduction, Wish, agree
+from weightferry.cluster.connect import operation
+from weightferry.cluster.control import Control
+from weightferry.errors import at
+from weightferry.link import Shown, check_readable, make_links
+from weightferry.manifest import Manifest
+from weightferry.origins.resolve import Resolved, resolve
+from weightferry.report.run import RunReport
+from weightferry.settings import Settings
+from weightferry.sources import Ask, SourceLike
+from weightferry.summary import Part, summarise
+from weightferry.transfer.bring import Brought, agree_on_bytes, bring
+from weightferry.transfer.plan import plan
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What an operation gives to one rank.
+
+    Attributes
+    ----------
+    paths : mapping of str to Path
+        By name, the local file or folder.
+    report : RunReport
+        The same on every rank.
+    """
+
+    paths: Mapping[str, Path]
+    report: RunReport
+
+
+def stage(
+    source: SourceLike,
+    *,
+    revision: str | None = None,
+    allow_patterns: str | Iterable[str] | None = None,
+    ignore_patterns: str | Iterable[str] | None = None,
+    cache_dir: str | Path | None = None,
+    to: str | Path | None = None,
+) -> Path:
+    """Bring a whole source onto every node; collective: every rank calls it.
+
+    Parameters
+    ----------
+    source
+        ``org/name``, ``hf://org/name@revision/path``, ``http(s)://...``, ``s3://...`` and every other URL that fsspec
+        knows, ``file://...``, or a path. An existing local folder wins over a Hub repository of the same name.
+    revision
+        Branch, tag or commit, for the Hub.
+    allow_patterns, ignore_patterns
+        Shell patterns on paths below the source, as in `huggingface_hub.snapshot_download`.
+    cache_dir
+        The cache folder of this rank; default: `Settings`.
+    to
+        A folder in which links show the files under their own paths.
+
+    Returns
+    -------
+    Path
+        On this rank, the folder that shows the files: `to`, or the snapshot in the cache, or a local source itself.
+        Of a source that is one file, that file.
+
+    Raises
+    ------
+    CollectError
+        The same on every rank, whatever failed and wherever.
+    """
+    settings = Settings.from_environ(cache_dir=cache_dir)
+
+    def wish() -> Wish:
+        ask = Ask.of(source, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
+        return Wish({"": ask}, into=_absolute(to))
+
+    with operation(settings) as control:
+        return collect(wish, control, settings, "stage").paths[""]
+
+
+def _absolute(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
+
+
+def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name: str) -> Collected:
+    """Run one operation from agree to link.
+
+    Parameters
+    ----------
+    wish
+        Makes what this rank wants; what it raises fails the operation on every rank.
+    control
+        Connects the ranks.
+    settings
+        Limits, and this rank's cache folder.
+    name
+        Of the operation, for the report.
+
+    Raises
+    ------
+    CollectError
+        The same on every rank.
+    """
+    began = time.monotonic()
+    layout = CacheLayout(settings.cache_dir)
+    mine = Introduction.maker(wish, layout.root, control)
+
+    agreed: Agreed = control.round("agree", mine.introduce, agree)
+    resolved: Resolved = control.once("resolve", lambda: resolve(agreed.asks, settings, control))
+    manifest, leaders = resolved.manifest, agreed.leaders
+    role = agreed.role(control.rank)
+
+    surveys: Mapping[int, Survey] = control.round("survey", lambda: survey(layout, manifest), dict, leaders, role)
+    plans = plan(sum(1 for _ in manifest.staged()), surveys)
+    brought: Mapping[int, Brought] = control.round(
+        "transfer",
+        lambda: _bring_and_show(layout, manifest, plans[control.rank], settings, control),
+        lambda values: agree_on_bytes(manifest, surveys, values),
+        leaders,
+        role,
+    )
+    linking = time.monotonic()
+    shown = Shown.of(mine.wish, resolved, layout)
+    if agreed.links:
+
+        def link() -> None:
+            make_links(Shown.of(replace(mine.wish, asks=agreed.links[control.rank]), resolved, layout))
+
+        control.round("link", link, lambda _: None, agreed.links)
+
+    def read_back() -> Part | None:
+        check_readable(shown, resolved)
+        if control.rank not in leaders:
+            return None
+        seconds = {**control.seconds, "link": time.monotonic() - linking}
+        return Part.of(layout, manifest, surveys[control.rank], brought[control.rank], seconds)
+
+    report = control.round(
+        "link", read_back, lambda parts: summarise(name, agreed, manifest, parts, time.monotonic() - began)
+    )
+    return Collected(shown.paths, report)
+
+
+def _bring_and_show(
+    layout: CacheLayout, manifest: Manifest, missing: tuple[int, ...], settings: Settings, control: Control
+) -> Brought:
+    brought = bring(layout, manifest, missing, settings, control)
+    for pinned in manifest.sources:
+        if not pinned.in_place:
+            with at(phase="publish", subject=pinned.name):
+                show(layout, pinned)
+    return brought

@@ -1,0 +1,105 @@
+"""From what each leader did to the run report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.survey import Survey
+from weightferry.cluster.agree import Agreed
+from weightferry.manifest import Manifest
+from weightferry.report.run import DomainReport, RunReport
+from weightferry.transfer.bring import Brought
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one leader tells for the report.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+        Bytes on disk of every file of the manifest, local ones too.
+    """
+
+    origin_bytes: int
+    cached_bytes: int
+    seconds: Mapping[str, float]
+    sizes: tuple[int, ...]
+    sha256: Mapping[int, str]
+
+    @classmethod
+    def of(
+        cls, layout: CacheLayout, manifest: Manifest, held: Survey, brought: Brought, seconds: Mapping[str, float]
+    ) -> Part:
+        """Count on the leader, after the link phase has shown that everything is there."""
+        sizes = tuple(
+            (layout.snapshot(pinned) / file.path).stat().st_size for pinned in manifest.sources for file in pinned.files
+        )
+        staged = [not pinned.in_place for pinned in manifest.sources for _ in pinned.files]
+        read = _numbered(staged, set(brought.sha256))
+        there = sum(size for number, size in enumerate(sizes) if number not in read)
+        return cls(brought.origin_bytes, there, dict(seconds), sizes, {**held.whole, **brought.sha256})
+
+
+def _numbered(staged: list[bool], indices: set[int]) -> set[int]:
+    """From places among the staged files to places among all files."""
+    places = [number for number, is_staged in enumerate(staged) if is_staged]
+    return {places[index] for index in indices}
+
+
+def summarise(
+    operation: str, agreed: Agreed, manifest: Manifest, parts: Mapping[int, Part | None], seconds: float
+) -> RunReport:
+    """Put the parts of all leaders together."""
+    domains = []
+    for domain in agreed.domains:
+        part = parts[domain.leader]
+        assert part is not None  # noqa: S101 -- every leader tells
+        domains.append(
+            DomainReport(
+                host=domain.host,
+                leader_rank=domain.leader,
+                ranks=list(domain.ranks),
+                origin_bytes=part.origin_bytes,
+                cached_bytes=part.cached_bytes,
+                seconds={phase: round(value, 4) for phase, value in part.seconds.items()},
+            )
+        )
+    sizes = next(part.sizes for part in parts.values() if part is not None)
+    total = {
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        "origin_bytes": sum(domain.origin_bytes for domain in domains),
+        "peer_bytes": sum(domain.peer_bytes_in for domain in domains),
+        "cached_bytes": sum(domain.cached_bytes for domain in domains),
+        "seconds": round(seconds, 4),
+    }
+    return RunReport(operation, agreed.ranks, agreed.nodes, total, domains, _manifest(manifest, sizes, parts))
+
+
+def _manifest(manifest: Manifest, sizes: tuple[int, ...], parts: Mapping[int, Part | None]) -> dict[str, Any]:
+    known = {index: digest for part in parts.values() if part for index, digest in part.sha256.items() if digest}
+    index = 0
+    files: list[dict[str, Any]] = []
+    for pinned in manifest.sources:
+        for file in pinned.files:
+            digest = None if pinned.in_place else known.get(index)
+            index += not pinned.in_place
+            files.append(
+                {
+                    "path": file.path,
+                    "size": sizes[len(files)],
+                    "sha256": digest,
+                    "source": pinned.name,
+                    "commit": pinned.commit or None,
+                }
+            )
+    only = manifest.sources[0] if len(manifest.sources) == 1 else None
+    return {
+        "source": only and str(only.source),
+        "commit": (only and only.commit) or None,
+        "files": files,
+    }

@@ -1,0 +1,199 @@
+"""Files, and the commits made of them, with the ids that git and LFS would give.
+
+The ids are computed here and not by `weightferry.hashing`: a fake that shares code with what it tests shares its bugs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+
+# The suffixes in the .gitattributes that the Hub puts into every new repository.
+# fmt: off
+LFS_SUFFIXES = frozenset({
+    ".7z", ".arrow", ".bin", ".bz2", ".ckpt", ".ftz", ".gz", ".h5", ".joblib", ".mlmodel", ".model", ".msgpack", ".npy",
+    ".npz", ".onnx", ".ot", ".parquet", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors", ".tar",
+    ".tflite", ".tgz", ".wasm", ".xz", ".zip", ".zst",
+})
+# fmt: on
+
+
+# Bytes that are read, hashed or sent at a time.
+STEP = 1 << 20
+_ZEROS = bytes(STEP)
+
+
+class ContentGoneError(Exception):
+    """A file of a served folder changed after the commit that lists it; its old bytes are nowhere any more."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """The bytes of one file: in memory, or on disk as they were at `mtime_ns` (nanoseconds)."""
+
+    source: bytes | Path
+    size: int
+    mtime_ns: int = 0
+
+    @classmethod
+    def of(cls, source: bytes | Path) -> Blob:
+        """Take bytes, or a file by its present size and time."""
+        if isinstance(source, bytes):
+            return cls(source, len(source))
+        now = source.stat()
+        return cls(source, now.st_size, now.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raise `ContentGoneError` unless the bytes are still the ones that were hashed."""
+        try:
+            same = isinstance(self.source, bytes) or Blob.of(self.source) == self
+        except OSError:
+            same = False
+        if not same:
+            raise ContentGoneError(f"{self.source!s} changed on disk after the commit that lists it")
+
+    def chunks(self) -> Iterator[bytes]:
+        """Read it from front to back."""
+        if isinstance(self.source, bytes):
+            yield self.source
+            return
+        with self.source.open("rb", buffering=0) as file:
+            for start in range(0, self.size, STEP):
+                count = min(STEP, self.size - start)
+                yield hole(file.fileno(), start, count) or os.pread(file.fileno(), count, start)
+
+
+def hole(descriptor: int, start: int, count: int) -> bytes:
+    """Return the `count` bytes (`STEP` at most) from `start` on if a sparse file has nothing there, else nothing.
+
+    10 GB of nothing took 45 s to come through the page cache of a small machine.
+    """
+    try:
+        data = os.lseek(descriptor, start, os.SEEK_DATA)
+    except OSError:  # nothing up to the end of the file
+        return _ZEROS[:count]
+    return _ZEROS[:count] if data >= start + count else b""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a commit.
+
+    Attributes
+    ----------
+    oid
+        The git blob id: of the bytes, or of the LFS pointer that git holds in their place.
+    sha256
+        Of the bytes; None for a file that is not in LFS.
+    pointer_size
+        Bytes of the LFS pointer.
+    """
+
+    path: str
+    blob: Blob
+    oid: str
+    sha256: str | None = None
+    pointer_size: int = 0
+
+    @property
+    def etag(self) -> str:
+        """What the Hub names the content by."""
+        return self.sha256 or self.oid
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A frozen tree.
+
+    `sha` depends on paths and contents alone: equal content has an equal commit on every server, and a branch that
+    returns to old content returns to the old commit.
+
+    Attributes
+    ----------
+    files
+        By path, in the order of their paths.
+    folders
+        The git tree id of every folder by its path.
+    date
+        When this server first saw it, as the Hub writes dates.
+    """
+
+    sha: str
+    files: Mapping[str, Entry]
+    folders: Mapping[str, str]
+    date: str
+
+
+class Library:
+    """Makes commits; a file on disk is hashed once per (path, mtime, size).
+
+    Parameters
+    ----------
+    lfs_threshold
+        Files of this many bytes and more are in LFS, whatever their name.
+    """
+
+    def __init__(self, lfs_threshold: int) -> None:
+        self._threshold = lfs_threshold
+        self._digests: dict[tuple[Blob, bool], str] = {}
+
+    def commit(self, blobs: Mapping[str, Blob]) -> Commit:
+        """Hash what is new among `blobs` (path to content) and name the whole."""
+        files = {path: self._entry(path, blob) for path, blob in sorted(blobs.items())}
+        folders = _tree_ids(files)
+        sha = _git_id("commit", f"tree {folders.pop('')}\n".encode())
+        return Commit(sha, files, folders, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z"))
+
+    def _entry(self, path: str, blob: Blob) -> Entry:
+        lfs = blob.size >= self._threshold or PurePosixPath(path).suffix.lower() in LFS_SUFFIXES
+        digest = self._digest(blob, lfs)
+        if not lfs:
+            return Entry(path, blob, digest)
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {blob.size}\n".encode()
+        return Entry(path, blob, _git_id("blob", pointer), digest, len(pointer))
+
+    def _digest(self, blob: Blob, lfs: bool) -> str:
+        if isinstance(blob.source, bytes):
+            return _digest(blob, lfs)
+        if (blob, lfs) not in self._digests:
+            self._digests[blob, lfs] = _digest(blob, lfs)
+        return self._digests[blob, lfs]
+
+
+def _digest(blob: Blob, lfs: bool) -> str:
+    running = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % blob.size, usedforsecurity=False)
+    for chunk in blob.chunks():
+        running.update(chunk)
+    return running.hexdigest()
+
+
+def _git_id(kind: str, content: bytes) -> str:
+    return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
+def _tree_ids(files: Mapping[str, Entry]) -> dict[str, str]:
+    """Return the git tree id of every folder by its path; the root's path is empty."""
+    children: dict[str, dict[str, tuple[bytes, str]]] = {"": {}}
+    for path, entry in files.items():
+        folder, _, name = path.rpartition("/")
+        children.setdefault(folder, {})[name] = (b"100644", entry.oid)
+        while folder:
+            folder = folder.rpartition("/")[0]
+            children.setdefault(folder, {})
+    ids: dict[str, str] = {}
+    for folder in sorted(filter(None, children), key=lambda path: path.count("/"), reverse=True):
+        ids[folder] = _tree_id(children[folder])
+        parent, _, name = folder.rpartition("/")
+        children[parent][name] = (b"40000", ids[folder])
+    return {"": _tree_id(children[""]), **ids}
+
+
+def _tree_id(children: Mapping[str, tuple[bytes, str]]) -> str:
+    rows = [(name.encode(errors="surrogateescape"), mode, bytes.fromhex(oid)) for name, (mode, oid) in children.items()]
+    # Git sorts a folder as if its name ended in a slash.
+    rows.sort(key=lambda row: row[0] + (b"/" if row[1] == b"40000" else b""))
+    return _git_id("tree", b"".join(b"%s %s\0%s" % (mode, name, oid) for name, mode, oid in rows))

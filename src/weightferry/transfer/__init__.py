@@ -1,0 +1,1 @@
+"""Getting missing bytes into the cache: the plan (pure) and the reading."""
