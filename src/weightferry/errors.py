@@ -15,8 +15,8 @@ _SECRET_PATTERNS = (
     # What huggingface.co hands out; their documentation fixes the prefix.
     re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
     re.compile(r"\b(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"),
-    # user:password@ of a URL
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
+    # user:password@ of a URL; the password may hold an @ itself, and hf://gpt2@main has a revision there.
+    re.compile(r"(?<=://)(?<!\bhf://)[^/?#\s]+(?=@)"),
     # Values in a query: signed URLs of S3, GCS, Azure and the Hub's CDN, and plain tokens.
     re.compile(
         r"(?i)(?<=[?&])((?:x-amz-|x-goog-)[a-z-]+|signature|sig|policy|key-pair-id|[a-z_-]*token|[a-z_-]*key|password)"

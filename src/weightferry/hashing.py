@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,12 @@ class Checksum:
 
     algorithm: Literal["sha256", "git-sha1"]
     hexdigest: str
+
+    def __post_init__(self) -> None:
+        # It names a file of the cache.
+        length = {"sha256": 64, "git-sha1": 40}[self.algorithm]
+        if not re.fullmatch(f"[0-9a-f]{{{length}}}", self.hexdigest):
+            raise ValueError(f"not a {self.algorithm}: {self.hexdigest!r}")
 
     def __str__(self) -> str:
         return f"{self.algorithm} {self.hexdigest}"

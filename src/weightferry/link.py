@@ -66,7 +66,11 @@ def make_links(shown: Shown) -> None:
 
 
 def _is_already(link: Path, target: Path) -> bool:
-    """Whether a real file stands there that is the target, or equal to it: no reason to replace it."""
+    """Whether there is no reason to replace it: it is where the target is, or a real file that is equal to it."""
+    folders = link.parent, target.parent
+    if link.name == target.name and all(map(Path.is_dir, folders)) and Path.samefile(*folders):
+        # A local source in the folder of links itself, maybe a link already: it would be made to point to itself.
+        return True
     if link.is_symlink() or not link.is_file() or not target.is_file():
         return False
     return link.samefile(target) or filecmp.cmp(link, target, shallow=False)
@@ -86,8 +90,9 @@ def check_readable(shown: Shown, resolved: Resolved) -> None:
         for file in files_of(found, resolved.manifest):
             below = os.path.relpath(file.path, found.path) if found.path != file.path else ""
             target = shown.targets[name] / below
-            # One link for a whole folder, or one for each file.
-            path = linked.get(target) or (linked.get(shown.targets[name], shown.targets[name]) / below)
+            # One link for the whole of it, or one for each file, or none.
+            is_link = shown.paths[name] in shown.links
+            path = shown.paths[name] / below if is_link else linked.get(target, target)
             _open(path, file, in_place=pinned.in_place)
 
 

@@ -62,6 +62,11 @@ class Pinned:
     commit: str
     files: tuple[File, ...]
 
+    def __post_init__(self) -> None:
+        # It names a folder of the cache.
+        if self.commit and not self.commit.isalnum():
+            raise ValueError(f"not a commit: {self.commit!r}")
+
     @property
     def in_place(self) -> bool:
         """Local sources are used where they are: nothing is copied, nothing is cached."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -114,7 +114,7 @@ class Source:
     revision: str | None = None
     repo_type: str = "model"
     query: str = field(default="", repr=False)
-    guessed: bool = False
+    guessed: bool = field(default=False, compare=False)
 
     @property
     def identity(self) -> str:
@@ -134,7 +134,7 @@ def _is_secret(parameter: str) -> bool:
 
 
 def _without_user(url: str) -> str:
-    return re.sub(r"(?<=://)[^/\s@]+@", "", url)
+    return re.sub(r"(?<=://)[^/?#\s]+@", "", url)
 
 
 def understand(ask: Ask, is_folder: Callable[[str], bool]) -> Source:
@@ -158,8 +158,11 @@ def understand(ask: Ask, is_folder: Callable[[str], bool]) -> Source:
     """
     text, kind = ask.source, ask.kind
     scheme = _scheme(text)
-    if kind is FetchFrom.LOCAL or (kind is None and scheme == "file"):
-        return _local(_file_url_path(text) if scheme == "file" else text, ask)
+    if scheme == "file" and kind is not FetchFrom.HUGGING_FACE:
+        # The file's name is a part of the URL, and quoted like the rest of it.
+        return _local(_file_url_path(text), replace(ask, filename=unquote(ask.filename)))
+    if kind is FetchFrom.LOCAL:
+        return _local(text, ask)
     if kind is FetchFrom.URI and scheme in ("", "hf"):
         raise BadRequest(f"{text!r} is not a URL", subject=str(ask))
     if kind is FetchFrom.HUGGING_FACE or scheme == "hf":
@@ -167,7 +170,8 @@ def understand(ask: Ask, is_folder: Callable[[str], bool]) -> Source:
     if scheme in ("http", "https"):
         return _http(text, ask)
     if scheme:
-        return Source(scheme, text.rstrip("/"), path=safe_path(ask.filename) if ask.filename else "")
+        root = re.sub(r"(?<![:/])/+$", "", text)  # but not those of memory://
+        return Source(scheme, root, path=safe_path(ask.filename) if ask.filename else "")
     if text.startswith(("/", "~", "./", "../")) or text in (".", "..") or is_folder(text):
         return _local(text, ask)
     return _hub(text, ask, guessed=True)
@@ -188,8 +192,9 @@ def safe_path(path: str) -> str:
 
 
 def _scheme(text: str) -> str:
-    # fsspec chains (zip://a.zip::s3://b/c.zip) keep the first scheme; one letter would be a Windows drive.
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", text)
+    # fsspec chains (zip://a::s3://b/c.zip, simplecache::s3://b/c) keep the first scheme; one letter would be a Windows
+    # drive.
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)(?:::[A-Za-z][A-Za-z0-9+.-]+)*://", text)
     return match[1].lower() if match else ""
 
 
@@ -235,7 +240,9 @@ def _hub(text: str, ask: Ask, *, guessed: bool = False) -> Source:
 
 
 def _http(text: str, ask: Ask) -> Source:
-    url = f"{text.rstrip('/')}/{ask.filename}" if ask.filename else text
+    # The query of a folder's URL (a signature, say) goes with every file in it.
+    above, mark, query = text.partition("?")
+    url = f"{above.rstrip('/')}/{ask.filename}{mark}{query}" if ask.filename else text
     parts = urlsplit(url)
     folder, _, name = parts.path.rpartition("/")
     if not parts.hostname or not name:

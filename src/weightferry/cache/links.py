@@ -38,7 +38,7 @@ def point(link: Path, target: str | Path) -> None:
 
 def write_whole(path: Path, content: str) -> None:
     """Write a small text file so that readers see the old or the new one, never a part; parents are made."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text() == content:
             return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,4 +53,5 @@ def write_whole(path: Path, content: str) -> None:
 
 def beside(path: Path) -> Path:
     """Return a name in the same folder that nobody else uses."""
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
+    # At most 255 bytes, of which a character may take four.
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}")

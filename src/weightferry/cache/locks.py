@@ -33,7 +33,8 @@ def content_lock(path: Path, timeout: float, check: Callable[[], None]) -> Itera
     check
         Called while waiting; what it raises ends the wait.
     """
-    lock = FileLock(path, mode=0o664)
+    # Without flock no soft lock instead: its file would outlive a killed job, and the next one would wait for nobody.
+    lock = FileLock(path, mode=0o664, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = _acquire(lock, timeout, check)

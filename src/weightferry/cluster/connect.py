@@ -164,8 +164,9 @@ def master(topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:
 def _address(topology: Topology, environ: Mapping[str, str]) -> str:
     if topology.local_world_size == topology.world_size:
         return "127.0.0.1"
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if topology.launcher == "slurm" and nodes:
+    # Below mpirun the step is the one of its daemons; its ranks begin on the first node of the job.
+    nodes = environ.get("SLURM_STEP_NODELIST" if topology.launcher == "slurm" else "SLURM_JOB_NODELIST")
+    if nodes:
         return _first_node(nodes)
     raise NotDistributed(
         f"{topology.launcher} does not say which node has rank 0: set MASTER_ADDR to its address "

@@ -34,10 +34,19 @@ class Launcher:
     node_rank: str = ""
 
 
-# In the order in which they win: torchrun inside srun sets both sets, and its own are the right ones. For Slurm the
-# step's size counts, not SLURM_NTASKS: a batch script outside srun has SLURM_PROCID=0 and SLURM_NTASKS=N, yet is alone.
+# In the order in which they win. torchrun and mpirun inside a Slurm allocation come first: below them SLURM_PROCID is
+# the rank of their own agent or daemon. For Slurm the step's size counts, not SLURM_NTASKS: a batch script outside srun
+# has SLURM_PROCID=0 and SLURM_NTASKS=N, yet is alone (seen with Slurm 22.05).
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    Launcher(
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher(
         "slurm",
         "SLURM_PROCID",
@@ -54,14 +63,6 @@ LAUNCHERS = (
         "SUBMITIT_LOCAL_LOCALID",
         "SUBMITIT_LOCAL_NTASKS",
     ),
-    Launcher(
-        "openmpi",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Launcher("pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher("pmix", "PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE"),
 )
 

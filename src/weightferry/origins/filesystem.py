@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from weightferry.errors import BadRequest, SourceNotFound
+from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceNotFound
 from weightferry.manifest import File, Pinned
 from weightferry.origins.base import CHUNK, closest
 from weightferry.settings import Settings
@@ -23,18 +23,22 @@ class FilesystemOrigin:
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
         """See `Origin.resolve`."""
         root = Path(source.root)
-        if root.is_file() and list(paths) == [""]:
-            source = Source(source.scheme, str(root.parent), root.name)
-            root, paths = root.parent, [root.name]
-        if not root.is_dir():
-            raise SourceNotFound("no such local file or folder", subject=str(root))
-        files = {file.path: file for path in paths for file in _files(root, path)}
+        with _translated(root):
+            if root.is_file() and list(paths) == [""]:
+                source = Source(source.scheme, str(root.parent), root.name)
+                root, paths = root.parent, [root.name]
+            if not root.is_dir():
+                raise SourceNotFound("no such local file or folder", subject=str(root))
+            files = {file.path: file for path in paths for file in _files(root, path)}
         return Pinned(source, "", tuple(files[path] for path in sorted(files)))
 
-    @contextmanager
+    @contextlib.contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
-        with (Path(pinned.source.root) / path).open("rb") as file:
+        at = Path(pinned.source.root) / path
+        with contextlib.ExitStack() as opened:
+            with _translated(at):
+                file = opened.enter_context(at.open("rb"))
             file.seek(start)
             yield _chunks(file.read, None if stop is None else stop - start)
 
@@ -55,8 +59,7 @@ def _files(root: Path, path: str) -> Iterator[File]:
     elif at.is_dir():
         for folder, _, names in os.walk(at, followlinks=True, onerror=_raise):
             for name in names:
-                file = Path(folder) / name
-                yield File(file.relative_to(root).as_posix(), file.stat().st_size)
+                yield from _files(root, (Path(folder) / name).relative_to(root).as_posix())
     elif at.is_symlink():
         raise SourceNotFound(f"a link that leads nowhere, to {os.readlink(at)}", subject=str(at))
     elif at.exists():
@@ -64,6 +67,20 @@ def _files(root: Path, path: str) -> Iterator[File]:
     else:
         there = [entry.name for entry in at.parent.iterdir()] if at.parent.is_dir() else []
         raise SourceNotFound(f"no such file{closest(at.name, there)}", subject=str(at))
+
+
+@contextlib.contextmanager
+def _translated(at: Path) -> Iterator[None]:
+    try:
+        yield
+    except CollectError:
+        raise
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"not there: {error}", subject=str(at)) from error
+    except PermissionError as error:
+        raise AccessDenied(f"not readable for this user: {error}", subject=str(at)) from error
+    except OSError as error:
+        raise OriginError(str(error), subject=str(at)) from error
 
 
 def _raise(error: OSError) -> None:

@@ -31,29 +31,32 @@ class FsspecOrigin:
             fs, root = _open(source)
             fs.invalidate_cache()
             if list(paths) == [""] and fs.isfile(root):
-                above, _, name = source.root.rpartition("/")
+                above, name = _folder_and_name(source.root)
                 source, paths = Source(source.scheme, above, name), [name]
                 fs, root = _open(source)
-            found = {file.path: file for path in paths for file in _files(fs, root.rstrip("/"), path, source)}
+            found = {file.path: file for path in paths for file in _files(fs, root, path, source)}
         files = tuple(found[path] for path in sorted(found))
         return Pinned(source, listing_commit(files), files)
 
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
-        with _translated(pinned.source):
-            fs, root = _open(pinned.source)
-            size = pinned.file(path).size
-            end = min(stop, size) if stop is not None and size is not None else (size if stop is None else stop)
-            yield _pieces(fs, f"{root.rstrip('/')}/{path}", start, end)
+        source = pinned.source
+        with _translated(source):
+            fs, root = _open(source)
+        size = pinned.file(path).size
+        end = min(stop, size) if stop is not None and size is not None else (size if stop is None else stop)
+        # Not around the yield: what the reader does with the bytes may raise an OSError of its own (a full disk).
+        yield _pieces(fs, _below(root, path), start, end, source)
 
 
-def _pieces(fs: Any, name: str, start: int, stop: int | None) -> Iterator[bytes]:
+def _pieces(fs: Any, name: str, start: int, stop: int | None, source: Source) -> Iterator[bytes]:
     # cat_file asks the store for just these bytes; fs.open() would add a read-ahead cache of its own. Stores answer
     # in tens of milliseconds, so a request should bring megabytes.
     step = 16 * CHUNK
     while stop is None or start < stop:
-        piece: bytes = fs.cat_file(name, start=start, end=start + step if stop is None else min(start + step, stop))
+        with _translated(source):
+            piece: bytes = fs.cat_file(name, start=start, end=start + step if stop is None else min(start + step, stop))
         if not piece:
             return
         start += len(piece)
@@ -70,13 +73,26 @@ def _open(source: Source) -> tuple[Any, str]:
     return fs, root
 
 
+def _folder_and_name(url: str) -> tuple[str, str]:
+    """Split the URL of one file; in a chain (zip://a/b::s3://c/d.zip) the first link that has a path names the file."""
+    links = url.split("::")
+    place = next(number for number, link in enumerate(links) if "://" in link)
+    scheme, _, path = links[place].partition("://")
+    folder, slash, name = path.rpartition("/")
+    links[place] = f"{scheme}://{folder or slash}"
+    return "::".join(links), name
+
+
+def _below(root: str, path: str) -> str:
+    return f"{root.rstrip('/')}/{path}" if root else path
+
+
 def _files(fs: Any, root: str, path: str, source: Source) -> Iterator[File]:
-    at = f"{root}/{path}" if path else root
-    listed = fs.find(at, detail=True)
+    listed = fs.find(_below(root, path) if path else root, detail=True)
     if not listed:
         raise SourceNotFound("nothing there", subject=f"{source}/{path}" if path else str(source))
     for name, info in listed.items():
-        below = name[len(root) :].lstrip("/")
+        below = name[len(root.rstrip("/")) :].lstrip("/")
         version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
         try:
             yield File(below, info.get("size"), version=version)

@@ -43,7 +43,7 @@ class HubOrigin:
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
         """See `Origin.resolve`."""
         subject = str(source)
-        with translated(subject), _hub_errors(source):
+        with translated(subject), _hub_errors(source, subject):
             info: Any = self._api.repo_info(
                 source.root,
                 revision=source.revision,
@@ -53,7 +53,8 @@ class HubOrigin:
             )
         there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         wanted = {name for path in paths for name in _below(path, list(there), subject)}
-        return Pinned(source, info.sha, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
+        commit = _hex(info.sha or "", 40, subject)
+        return Pinned(source, commit, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
 
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
@@ -62,27 +63,27 @@ class HubOrigin:
         # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
         url = hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(pinned.commit, safe=""))
         headers = build_hf_headers(library_name="weightferry", library_version=__version__)
-        with (
-            _hub_errors(source),
-            get_range(
-                _Checked(get_session()), url, headers, subject, start, stop, timeout=timeouts(self._settings)
-            ) as response,
-        ):
+        session = _Checked(get_session(), source, subject)
+        with get_range(session, url, headers, subject, start, stop, timeout=timeouts(self._settings)) as response:
             yield response.iter_raw()
 
 
 class _Checked:
-    """A session whose responses went through huggingface_hub's own reading of the Hub's error codes."""
+    """A session whose responses went through huggingface_hub's own reading of the Hub's error codes.
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    Its errors are the HTTP library's too, so they must be ours before `get_range` sees them.
+    """
+
+    def __init__(self, session: Any, source: Source, subject: str) -> None:
+        self._session, self._source, self._subject = session, source, subject
 
     @contextmanager
     def stream(self, method: str, url: str, **options: Any) -> Iterator[Any]:
         with self._session.stream(method, url, **options) as response:
             if response.status_code >= 400:
                 response.read()  # the reason may stand in the body
-                hf_raise_for_status(response)
+                with _hub_errors(self._source, self._subject):
+                    hf_raise_for_status(response)
             yield response
 
 
@@ -107,27 +108,29 @@ def _file(sibling: Any, subject: str) -> File:
 
 
 def _hex(text: str, length: int, subject: str) -> str:
-    # The checksum becomes a file name in the cache.
+    # It becomes a file or folder name in the cache.
     if len(text) != length or any(c not in "0123456789abcdef" for c in text):
-        raise OriginError(f"the Hub published {text!r} as a checksum", subject=subject)
+        raise OriginError(f"the Hub published {text!r} as a checksum or commit", subject=subject)
     return text
 
 
 @contextmanager
-def _hub_errors(source: Source) -> Iterator[None]:
-    """Turn huggingface_hub's errors into ours, with what the user can do about them."""
-    subject = str(source)
+def _hub_errors(source: Source, subject: str) -> Iterator[None]:
+    """Turn huggingface_hub's errors into ours, with what the user can do about them.
+
+    ``from None``: their texts hold the signed link to the content, and a traceback would show it.
+    """
     try:
         yield
     except GatedRepoError as error:
-        raise _denied(source, "gated: accept its terms on the Hub, then ", error) from error
+        raise _denied(subject, "gated: accept its terms on the Hub, then ", error) from None
     except RevisionNotFoundError as error:
         raise SourceNotFound(f"no revision {source.revision or 'main'!r} there", subject=subject) from error
-    except EntryNotFoundError as error:
-        raise SourceNotFound("no such file at that commit", subject=subject) from error
+    except EntryNotFoundError:
+        raise SourceNotFound("no such file at that commit", subject=subject) from None
     except RepositoryNotFoundError as error:
         if error.response is not None and error.response.status_code == 403:
-            raise _denied(source, "", error) from error
+            raise _denied(subject, "", error) from None
         also = " (and no local folder of that name)" if source.guessed else ""
         hint = f"no such {source.repo_type} on {constants.ENDPOINT}{also}, or it is private and {_token_hint()}"
         raise SourceNotFound(hint, subject=subject) from error
@@ -136,19 +139,19 @@ def _hub_errors(source: Source) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceNotFound(f"not a repository id: {error}", subject=subject) from error
     except HfHubHTTPError as error:
-        raise _by_status(error, source) from error
+        raise _by_status(error, subject) from None
 
 
-def _by_status(error: HfHubHTTPError, source: Source) -> CollectError:
+def _by_status(error: HfHubHTTPError, subject: str) -> CollectError:
     response = error.response
     if response.status_code in (401, 403):
-        return _denied(source, "", error)
-    return status_error(response.status_code, response.headers, str(source), said=error.server_message or "")
+        return _denied(subject, "", error)
+    return status_error(response.status_code, response.headers, subject, said=error.server_message or "")
 
 
-def _denied(source: Source, prefix: str, error: HfHubHTTPError) -> AccessDenied:
+def _denied(subject: str, prefix: str, error: HfHubHTTPError) -> AccessDenied:
     status = error.response.status_code if error.response is not None else 401
-    return AccessDenied(f"HTTP {status}: {prefix}{_token_hint()}", subject=str(source))
+    return AccessDenied(f"HTTP {status}: {prefix}{_token_hint()}", subject=subject)
 
 
 def _token_hint() -> str:

@@ -12,7 +12,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 def size(count: float) -> str:
     """Write bytes as disks are sold: powers of 1000, three digits."""
     for unit in _UNITS:
-        if count < 1000 or unit == _UNITS[-1]:
+        if count < 999.5 or unit == _UNITS[-1]:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError

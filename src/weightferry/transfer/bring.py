@@ -42,7 +42,14 @@ class Brought:
     cached: tuple[int, ...] = ()
 
 
-def bring(layout: CacheLayout, manifest: Manifest, missing: Sequence[int], settings: Settings, watch: Watch) -> Brought:
+def bring(
+    layout: CacheLayout,
+    manifest: Manifest,
+    missing: Sequence[int],
+    settings: Settings,
+    watch: Watch,
+    origins: Callable[[str, Settings], Origin] = origin_for,
+) -> Brought:
     """Read the `missing` files from their origins and publish them; several at a time.
 
     Raises
@@ -51,13 +58,13 @@ def bring(layout: CacheLayout, manifest: Manifest, missing: Sequence[int], setti
         The first thing that went wrong; what was published before stays, nothing half-written has a final name.
     """
     files = list(manifest.staged())
-    origins = {scheme: origin_for(scheme, settings) for scheme in {files[i][0].source.scheme for i in missing}}
+    made = {scheme: origins(scheme, settings) for scheme in {files[i][0].source.scheme for i in missing}}
     counter = _Counter(watch)
 
     def one(index: int) -> str | None:
         pinned, file = files[index]
         with at(subject=f"{pinned.name}/{file.path}"):
-            return _one(layout, origins[pinned.source.scheme], pinned, file, settings, counter)
+            return _one(layout, made[pinned.source.scheme], pinned, file, settings, counter)
 
     done = _in_parallel(one, missing, settings.connections, counter)
     return Brought(

@@ -62,31 +62,42 @@ def _allocate(out: BinaryIO, size: int, partial: Path) -> None:
 def _read(origin: Origin, pinned: Pinned, file: File, out: BinaryIO, settings: Settings, watch: Watch) -> Hashes:
     """Read until the file is whole, going on where a broken connection left off."""
     retry = Retry(settings, watch)
-    hashes, done = Hashes(file.checksum, file.size), 0
+    hashes, done, furthest = Hashes(file.checksum, file.size), 0, 0
     while True:
         try:
             with origin.read(pinned, file.path, done) as chunks:
                 for chunk in chunks:
                     watch.check()
+                    watch.moved(len(chunk))
+                    _no_more_than_promised(done + len(chunk), pinned, file)
                     out.write(chunk)
                     hashes.update(chunk)
                     done += len(chunk)
-                    watch.moved(len(chunk))
-                    retry.moved()
-            _compare(done, pinned, file)
+                    if done > furthest:  # bytes that came before are no progress: a server may cut there for ever
+                        furthest = done
+                        retry.moved()
+            _all_there(done, pinned, file)
         except TransientOriginError as error:
+            if done == file.size:
+                return hashes  # cut after the last byte: there is no range left to ask for
             retry.wait(error)
         except RangeIgnored as error:
             retry.wait(TransientOriginError("ranges are ignored: starting again", subject=str(error)))
             out.seek(0)
+            if file.size is None:
+                out.truncate()
             hashes, done = Hashes(file.checksum, file.size), 0
         else:
             return hashes
 
 
-def _compare(done: int, pinned: Pinned, file: File) -> None:
-    subject = f"{pinned.name}/{file.path}"
-    if file.size is not None and done < file.size:
-        raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=subject)
+def _no_more_than_promised(done: int, pinned: Pinned, file: File) -> None:
     if file.size is not None and done > file.size:
-        raise SourceChanged(f"the origin sends {done} bytes where it promised {file.size}", subject=subject)
+        subject = f"{pinned.name}/{file.path}"
+        raise SourceChanged(f"the origin sends {done} bytes or more where it promised {file.size}", subject=subject)
+
+
+def _all_there(done: int, pinned: Pinned, file: File) -> None:
+    if file.size is not None and done < file.size:
+        subject = f"{pinned.name}/{file.path}"
+        raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=subject)

@@ -1,0 +1,206 @@
+"""An origin in memory that fails as it is told, for tests of whatever reads from origins.
+
+In tests::
+
+    origin = FakeOrigin({"model.bin": weights, "config.json": b"{}"})
+    origin.faults.append(Fault("model.bin", cut_after=1000))
+    bring(layout, manifest, [0, 1], settings, watch, origins=origin.factory)
+    assert origin.sent == 1000 + (len(weights) - 1000) + 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from weightferry.errors import BadRequest, SourceChanged, SourceNotFound
+from weightferry.hashing import Checksum
+from weightferry.manifest import File, Pinned, listing_commit
+from weightferry.origins.base import RangeIgnored, TransientOriginError, closest, reject_climbing
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+
+@dataclass
+class Fault:
+    """One way to fail, for the next calls that match.
+
+    Attributes
+    ----------
+    path
+        Only reads of this file; empty: any file.
+    on
+        Which method.
+    times
+        How many calls it hits; None: all.
+    error
+        Raised before the first byte.
+    cut_after
+        The connection breaks after this many bytes of the answer: `TransientOriginError`.
+    end_after
+        The answer ends after this many bytes as if it were whole.
+    corrupt
+        The byte at this offset of the file is inverted, where the answer holds it.
+    extra
+        Follows the last byte.
+    ignore_range
+        An answer to a read from `start` > 0 is the whole file: `RangeIgnored`.
+    wait_for
+        Set by the test; the answer waits for it, one minute at most.
+    """
+
+    path: str = ""
+    on: Literal["read", "resolve"] = "read"
+    times: int | None = 1
+    error: Exception | None = None
+    cut_after: int | None = None
+    end_after: int | None = None
+    corrupt: int | None = None
+    extra: bytes = b""
+    ignore_range: bool = False
+    wait_for: threading.Event | None = None
+
+
+@dataclass
+class Read:
+    """One call of `read`: what was asked for, and how many bytes were handed over so far."""
+
+    path: str
+    start: int
+    stop: int | None
+    sent: int = 0
+
+
+class FakeOrigin:
+    """Implements `weightferry.origins.base.Origin` over a dict. Safe to use from several threads.
+
+    One object serves every source: roots are not told apart.
+
+    Parameters
+    ----------
+    files
+        Path to content. Changing it is a change at the origin.
+    publishes
+        Which checksum it publishes; None: none, and files are versioned by their content.
+    sizes
+        Whether it says how big files are.
+    chunk
+        Bytes handed over at a time.
+
+    Attributes
+    ----------
+    faults : list of Fault
+        The first that matches a call is the one that shows in it.
+    reads : list of Read
+        Every call of `read`.
+    resolves : list of tuple
+        Root and paths of every call of `resolve`.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        *,
+        publishes: Literal["sha256", "git-sha1"] | None = "sha256",
+        sizes: bool = True,
+        chunk: int = 1 << 16,
+    ) -> None:
+        self.files = dict(files)
+        self.faults: list[Fault] = []
+        self.reads: list[Read] = []
+        self.resolves: list[tuple[str, tuple[str, ...]]] = []
+        self._publishes, self._sizes, self._chunk = publishes, sizes, chunk
+        self._lock = threading.Lock()
+
+    def factory(self, scheme: str, settings: Settings) -> FakeOrigin:
+        """Stand in for `weightferry.origins.base.origin_for`."""
+        del scheme, settings
+        return self
+
+    @property
+    def sent(self) -> int:
+        """Bytes of all reads."""
+        return sum(read.sent for read in self.reads)
+
+    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+        """See `Origin.resolve`; the commit changes with the content of any file."""
+        self.resolves.append((source.root, tuple(paths)))
+        fault = self._fault("resolve", "")
+        if fault.error:
+            raise fault.error
+        wanted: dict[str, File] = {}
+        for path in paths:
+            names = [name for name in self.files if not path or name == path or name.startswith(f"{path}/")]
+            if not names:
+                hint = closest(path, list(self.files))
+                raise SourceNotFound(f"no file or folder {path!r} there{hint}", subject=f"{source}/{path}")
+            wanted |= {name: self.file(name, str(source)) for name in names}
+        return Pinned(
+            source, listing_commit(self.file(name, str(source)) for name in self.files), tuple(wanted.values())
+        )
+
+    def file(self, path: str, subject: str = "") -> File:
+        """Return what a manifest says of one file."""
+        content = self.files[path]
+        checksum, version = None, ""
+        if self._publishes == "sha256":
+            checksum = Checksum("sha256", hashlib.sha256(content).hexdigest())
+        elif self._publishes == "git-sha1":
+            blob = b"blob %d\0" % len(content) + content
+            checksum = Checksum("git-sha1", hashlib.sha1(blob, usedforsecurity=False).hexdigest())
+        else:
+            version = hashlib.sha256(content).hexdigest()
+        try:
+            return File(path, len(content) if self._sizes else None, checksum, version)
+        except BadRequest as error:
+            raise reject_climbing(path, subject) from error
+
+    @contextmanager
+    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+        """See `Origin.read`."""
+        read = Read(path, start, stop)
+        self.reads.append(read)
+        subject = f"{pinned.name}/{path}"
+        fault = self._fault("read", path)
+        if fault.wait_for:
+            fault.wait_for.wait(60)
+        if fault.error:
+            raise fault.error
+        if fault.ignore_range and (start > 0 or stop is not None):
+            raise RangeIgnored(subject)
+        if path not in self.files:
+            raise SourceNotFound("no such file", subject=subject)
+        promised = pinned.file(path)
+        if promised.version and promised != self.file(path):
+            raise SourceChanged("changed at the origin", subject=subject)
+        yield self._answer(read, fault, subject)
+
+    def _answer(self, read: Read, fault: Fault, subject: str) -> Iterator[bytes]:
+        content = bytearray(self.files[read.path])
+        if fault.corrupt is not None:
+            content[fault.corrupt] ^= 0xFF
+        body = bytes(content[read.start : read.stop]) + fault.extra
+        ends = [end for end in (fault.cut_after, fault.end_after) if end is not None]
+        body = body[: min(ends)] if ends else body
+        for place in range(0, len(body), self._chunk):
+            chunk = body[place : place + self._chunk]
+            with self._lock:
+                read.sent += len(chunk)
+            yield chunk
+        if fault.cut_after is not None:
+            raise TransientOriginError("the connection broke", subject=subject)
+
+    def _fault(self, on: str, path: str) -> Fault:
+        with self._lock:
+            for fault in self.faults:
+                if fault.on == on and fault.path in ("", path):
+                    if fault.times is not None:
+                        fault.times -= 1
+                        if fault.times == 0:
+                            self.faults.remove(fault)
+                    return fault
+        return Fault()
