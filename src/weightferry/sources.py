@@ -126,7 +126,8 @@ class Source:
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
-        return redact(f"{self.identity}{at}" + (f"/{self.path}" if self.path else ""))
+        root, mark, query = self.identity.partition("?")
+        return redact(f"{root}{at}" + (f"/{self.path}" if self.path else "") + mark + query)
 
 
 def _is_secret(parameter: str) -> bool:
@@ -225,7 +226,9 @@ def _hub(text: str, ask: Ask, *, guessed: bool = False) -> Source:
     if head in _REPO_TYPES and tail and not guessed:
         repo_type, rest = _REPO_TYPES[head], tail
     # hf://org/name@revision/path; a revision that holds a slash is written with %2F, as huggingface_hub does.
-    match = re.fullmatch(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?", rest.rstrip("/"))
+    match = re.fullmatch(
+        r"(?P<repo>[^/@]+/[^/@]+|[^/@]+(?=@|$))(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?", rest.rstrip("/")
+    )
     repo = match["repo"] if match else ""
     if not match or not all(_REPO_PART.fullmatch(p) and "--" not in p and ".." not in p for p in repo.split("/")):
         also = ": no such local folder, and not a Hub repository id" if guessed else ": not a Hub repository id"

@@ -104,13 +104,13 @@ class Gathering:
             failures |= {outcome.rank: outcome.failure for outcome in arrived if outcome.failure}
             now = time.monotonic()
             if now > judge_at:
-                failures |= self._dead(now - began)
+                failures = self._dead(now - began) | failures  # what a rank said itself is more precise
                 judge_at = now + self._settings.beat_interval
             if failures:
                 ends_at = min(ends_at, now + _GRACE)
-            if now - said > _SAY_MISSING_EVERY and self._phase == "agree":
+            if now - said > _SAY_MISSING_EVERY and (absent := self._missing - self._hosts.keys()):
                 said = now
-                logger.warning("still missing after %.0f s: ranks %s", now - began, ranges(list(self._missing)))
+                logger.warning("still missing after %.0f s: ranks %s", now - began, ranges(list(absent)))
         return failures
 
     def _arrivals(self) -> list[Outcome]:
@@ -127,12 +127,15 @@ class Gathering:
         return arrived
 
     def _dead(self, waited: float) -> dict[int, Failure]:
-        """Find the missing ranks that are gone: no more signs of life, left on the way, or never called in time."""
+        """Find ranks that are gone: no more signs of life, left on the way, or never called in time.
+
+        All that have called are looked at, also those that only wait in this round: it may last for hours.
+        """
         here = self._with_a_beat()
         beats = dict(zip(here, self._store.multi_get(list(here.values())), strict=True)) if here else {}
         told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for {self._settings.beat_timeout:.0f} s")
-        for rank in self._missing - here.keys():
-            if self._phase != "agree":
+        for rank in self._watched - here.keys():
+            if rank in self._hosts:
                 told[rank] = "left in the middle of the operation"
             elif waited > self._settings.agree_timeout:
                 told[rank] = f"did not call within {waited:.0f} s"
@@ -141,9 +144,13 @@ class Gathering:
             for rank, text in told.items()
         }
 
+    @property
+    def _watched(self) -> set[int]:
+        return self._missing | self._hosts.keys()
+
     def _with_a_beat(self) -> dict[int, str]:
         # multi_get waits for keys that are not there: who has none is sorted out first, in one request when all have.
-        keys = {rank: f"beat/{rank}" for rank in self._missing}
+        keys = {rank: f"beat/{rank}" for rank in self._watched}
         if self._store.check(list(keys.values())):
             return keys
         return {rank: key for rank, key in keys.items() if self._store.check([key])}

@@ -50,6 +50,7 @@ class Shared(Control):
         self._settings = settings
         self._rounds: list[str] = []
         self._pointless = ""  # the round that failed elsewhere while this rank still works for it
+        self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no verdict will come
         self._over = threading.Event()
         with self._alive():
             self._store = dist.PrefixStore(prefix, clients.waiting)
@@ -60,7 +61,7 @@ class Shared(Control):
 
     def check(self) -> None:
         """See `Control.check`."""
-        if self._rounds and self._pointless == self._rounds[-1]:
+        if self._cut_off.is_set() or (self._rounds and self._pointless == self._rounds[-1]):
             raise Aborted("the operation has failed on another rank")
 
     def _round(
@@ -95,9 +96,9 @@ class Shared(Control):
             raise LeaderLost(f"the job's store is gone, and with it the rank or agent that held it: {error}") from error
 
     def _beat(self, clients: Clients, prefix: str) -> None:
-        """Give signs of life, and watch for a verdict that makes this rank's work pointless."""
-        count = 0
-        with contextlib.suppress(dist.DistError):  # the store may go first; whoever waits on it says so
+        """Give signs of life, and watch for what makes this rank's work pointless: a verdict, or nobody to give one."""
+        count, heard = 0, (0, time.monotonic())
+        try:
             while not self._over.wait(self._settings.beat_interval):
                 side = dist.PrefixStore(prefix, clients.side)  # most operations end before they need it
                 count += 1
@@ -106,6 +107,12 @@ class Shared(Control):
                     self._bell.ring()
                 if self._rounds and side.check([f"verdict/{(name := self._rounds[-1])}"]):
                     self._pointless = name
+                if (ticks := side.add("ticks", 0)) != heard[0]:
+                    heard = (ticks, time.monotonic())
+                elif ticks and time.monotonic() - heard[1] > self._settings.beat_timeout:
+                    self._cut_off.set()
+        except dist.DistError:
+            self._cut_off.set()  # whoever waits on the store says so
 
     def _await_verdict(self, name: str, phase: str) -> Verdict:
         key, began = f"verdict/{name}", time.monotonic()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
-from weightferry.errors import BadRequest, OriginError
+from weightferry.errors import BadRequest, Failure, OriginError
 from weightferry.manifest import Pinned
 from weightferry.settings import Settings
 from weightferry.sources import Source
@@ -67,9 +67,19 @@ class TransientOriginError(OriginError):
         Seconds that the origin asks for.
     """
 
-    def __init__(self, message: str, *, subject: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message, subject=subject)
+    def __init__(
+        self,
+        message: str,
+        *,
+        subject: str = "",
+        failures: dict[int, Failure] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, subject=subject, failures=failures)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"retry_after": self.retry_after})
 
 
 class RangeIgnored(Exception):

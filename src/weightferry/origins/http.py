@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,20 @@ from weightferry.sources import Source
 # library, and so that the errors of its sessions are caught by the right classes.
 _LIBRARY = next(kind.__module__ for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
 httpx: Any = import_module(_LIBRARY.partition(".")[0])
+
+
+class _Redacting(logging.Filter):
+    """Hides secrets in what the HTTP library logs: at INFO, the URL of every request, with its signature."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+# The second ones log the headers of every response at DEBUG; a redirect's Location holds a signature.
+_CORE = httpx.__name__.replace("httpx", "httpcore")
+for _name in (httpx.__name__, f"{_CORE}.http11", f"{_CORE}.http2"):
+    logging.getLogger(_name).addFilter(_Redacting())
 
 # 408 and 425 ask for another try by their definition, 429 by RFC 6585; 5xx are the server's own troubles, of which
 # 501 and 505 will not pass.

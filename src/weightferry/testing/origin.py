@@ -14,7 +14,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from weightferry.errors import BadRequest, SourceChanged, SourceNotFound
@@ -48,7 +48,7 @@ class Fault:
     extra
         Follows the last byte.
     ignore_range
-        An answer to a read from `start` > 0 is the whole file: `RangeIgnored`.
+        The answer to a read of a part is the whole file: `RangeIgnored`. Reads of the whole do not spend it.
     wait_for
         Set by the test; the answer waits for it, one minute at most.
     """
@@ -132,6 +132,9 @@ class FakeOrigin:
         fault = self._fault("resolve", "")
         if fault.error:
             raise fault.error
+        above, _, name = source.root.rpartition("/")
+        if list(paths) == [""] and name in self.files:
+            source, paths = replace(source, root=above, path=name), [name]
         wanted: dict[str, File] = {}
         for path in paths:
             names = [name for name in self.files if not path or name == path or name.startswith(f"{path}/")]
@@ -165,12 +168,13 @@ class FakeOrigin:
         read = Read(path, start, stop)
         self.reads.append(read)
         subject = f"{pinned.name}/{path}"
-        fault = self._fault("read", path)
+        ranged = start > 0 or stop is not None
+        fault = self._fault("read", path, ranged=ranged)
         if fault.wait_for:
             fault.wait_for.wait(60)
         if fault.error:
             raise fault.error
-        if fault.ignore_range and (start > 0 or stop is not None):
+        if fault.ignore_range:
             raise RangeIgnored(subject)
         if path not in self.files:
             raise SourceNotFound("no such file", subject=subject)
@@ -194,10 +198,10 @@ class FakeOrigin:
         if fault.cut_after is not None:
             raise TransientOriginError("the connection broke", subject=subject)
 
-    def _fault(self, on: str, path: str) -> Fault:
+    def _fault(self, on: str, path: str, *, ranged: bool = False) -> Fault:
         with self._lock:
             for fault in self.faults:
-                if fault.on == on and fault.path in ("", path):
+                if fault.on == on and fault.path in ("", path) and (ranged or not fault.ignore_range):
                     if fault.times is not None:
                         fault.times -= 1
                         if fault.times == 0:

@@ -1,0 +1,275 @@
+"""The same files behind every kind of origin, for the contract suite."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+from uuid import uuid4
+
+import fsspec
+import pytest
+from huggingface_hub import close_session, constants
+
+from weightferry.manifest import Pinned
+from weightferry.origins.base import Origin, TransientOriginError, origin_for
+from weightferry.settings import Settings
+from weightferry.sources import Ask, Source, understand
+from weightferry.testing import hub as hubs
+from weightferry.testing.origin import FakeOrigin, Fault
+
+
+class Place(Protocol):
+    """Some files behind an origin, and what this kind of origin can do.
+
+    Attributes
+    ----------
+    origin
+        What is tested.
+    lists
+        Whether it knows folders.
+    """
+
+    origin: Origin
+    lists: bool
+
+    def source(self, path: str = "") -> Source:
+        """What a user writes for the root, or for a file below it, understood."""
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Add or replace files."""
+
+    def close(self) -> None: ...
+
+
+def meaning(text: str) -> Source:
+    return understand(Ask.of(text), lambda _: False)
+
+
+def made(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return kind(Settings(cache_dir=tmp_path / "cache", connect_timeout=5, read_timeout=5), tmp_path, monkeypatch)
+
+
+def resolve(place: Any, *paths: str) -> Pinned:
+    pinned: Pinned = place.origin.resolve(place.source(), list(paths))
+    return pinned
+
+
+def read(place: Any, pinned: Pinned, path: str, *span: int | None) -> bytes:
+    with place.origin.read(pinned, path, *span) as chunks:
+        return b"".join(chunks)
+
+
+class HubPlace:
+    lists = True
+
+    def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del tmp_path
+        self.server = hubs.HubServer(options=hubs.HubOptions(lfs_threshold=1000))
+        point_at(self.server, monkeypatch)
+        self.origin = origin_for("hf", settings)
+        self._files: dict[str, bytes] = {}
+
+    def source(self, path: str = "") -> Source:
+        return meaning(f"hf://org/model/{path}")
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        self._files |= files
+        self.server.add_repo("org/model", self._files)
+
+    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+        self.server.faults.add(hubs.Fault(status=status, headers=headers, times=times))
+
+    def heal(self) -> None:
+        self.server.faults.clear()
+
+    def cut(self, after: int) -> None:
+        self.server.faults.add(hubs.Fault(kind="content", cut_after=after, reset=True))
+
+    def close(self) -> None:
+        close_session()
+        self.server.close()
+
+
+def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub use `server`; it reads HF_ENDPOINT only once, when it is imported."""
+    close_session()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class HttpPlace:
+    lists = False
+
+    def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del tmp_path, monkeypatch
+        self.web = WebServer()
+        self.origin = origin_for("http", settings)
+
+    def source(self, path: str = "") -> Source:
+        return meaning(f"{self.web.url}/a%20b/{quote(path, safe='') or 'x'}?X-Amz-Signature=planted&id=7")
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        self.web.files |= {f"/a b/{path}": content for path, content in files.items()}
+
+    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+        self.web.failures += [(status, dict(headers))] * times
+
+    def heal(self) -> None:
+        self.web.failures.clear()
+
+    def cut(self, after: int) -> None:
+        self.web.cut_after = after
+
+    def close(self) -> None:
+        self.web.close()
+
+
+class FolderPlace:
+    lists = True
+
+    def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del monkeypatch
+        self.root = tmp_path / "a b#%"
+        self.origin = origin_for("file", settings)
+
+    def source(self, path: str = "") -> Source:
+        return meaning(str(self.root / path))
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        for path, content in files.items():
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / path).write_bytes(content)
+
+    def close(self) -> None: ...
+
+
+class MemoryPlace:
+    lists = True
+
+    def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del tmp_path, monkeypatch
+        self.root = f"/{uuid4().hex}/model"  # memory:// is one per process
+        self.fs = fsspec.filesystem("memory")
+        self.origin = origin_for("memory", settings)
+
+    def source(self, path: str = "") -> Source:
+        return meaning(f"memory:/{self.root}/{path}")
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        for path, content in files.items():
+            self.fs.pipe_file(f"{self.root}/{path}", content)
+
+    def close(self) -> None:
+        self.fs.rm(self.root.rpartition("/")[0], recursive=True)
+
+
+class FakePlace:
+    lists = True
+
+    def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        del settings, tmp_path, monkeypatch
+        self.fake = FakeOrigin({}, publishes=None)
+        self.origin: Origin = self.fake
+
+    def source(self, path: str = "") -> Source:
+        return meaning(f"fake://bucket/{path}")
+
+    def put(self, files: Mapping[str, bytes]) -> None:
+        self.fake.files |= files
+
+    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+        wait = float(headers.get("Retry-After", 0)) or None
+        self.fake.faults.append(Fault(times=times, error=TransientOriginError(f"{status}", retry_after=wait)))
+
+    def cut(self, after: int) -> None:
+        self.fake.faults.append(Fault(cut_after=after))
+
+    def close(self) -> None: ...
+
+
+class WebServer:
+    """A web server over a dict: HEAD, ranges, ETags, and failures to order.
+
+    Attributes
+    ----------
+    failures
+        Status and headers of the next answers, in order.
+    cut_after
+        The next body ends, with its connection, after so many bytes.
+    methods
+        What it knows.
+    ranges, etags
+        Whether it knows these.
+    seen
+        Method, path with query, and headers of each request.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.failures: list[tuple[int, dict[str, str]]] = []
+        self.cut_after: int | None = None
+        self.methods, self.ranges, self.etags = {"HEAD", "GET"}, True, True
+        self.seen: list[tuple[str, str, dict[str, str]]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://user:pa55w0rd@127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    web: WebServer
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        web = self.web
+        web.seen.append((self.command, self.path, dict(self.headers)))
+        if web.failures:
+            return self._send(*web.failures.pop(0), b"because")
+        if self.command not in web.methods:
+            return self._send(405, {}, b"")
+        content = web.files.get(unquote(urlsplit(self.path).path))
+        if content is None:
+            return self._send(404, {}, b"")
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'} if web.etags else {}
+        wanted = self.headers.get("Range", "").removeprefix("bytes=") if web.ranges else ""
+        if not wanted:
+            return self._send(200, headers, content)
+        first, _, last = wanted.partition("-")
+        start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
+        if start >= len(content):
+            return self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        return self._send(206, headers, content[start:stop])
+
+    def _send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body)), "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            cut, self.web.cut_after = self.web.cut_after, None
+            self.wfile.write(body[:cut])
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None: ...

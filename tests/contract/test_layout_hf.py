@@ -1,0 +1,172 @@
+"""The cache for Hub files is a Hugging Face cache: huggingface_hub reads ours, and we read its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    scan_cache_dir,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import disable_progress_bars
+
+import weightferry
+from tests.contract.places import point_at
+from weightferry.errors import SourceNotFound
+from weightferry.testing.hub import HubServer
+
+WEIGHTS = os.urandom(200_000)
+FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "onnx/model.onnx": b"onnx" * 9, "copy.bin": WEIGHTS}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    disable_progress_bars()
+    with HubServer() as server, monkeypatch.context() as patched:
+        point_at(server, patched)
+        server.add_repo("org/model", FILES)
+        server.add_repo("org/data", {"rows.csv": b"1,2"}, repo_type="dataset")
+        yield server
+        # What is kept of a connection must not outlive the server.
+        point_at(server, patched)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestTheirsReadsOurs:
+    @pytest.fixture(autouse=True)
+    def _staged(self, hub: HubServer, cache: Path) -> None:
+        self.folder = weightferry.stage("org/model", cache_dir=cache)
+        self.commit = hub.commit("org/model")
+        self.theirs = cache / "hub"
+
+    def test_the_folder(self) -> None:
+        assert self.folder == self.theirs / "models--org--model/snapshots" / self.commit
+        assert contents(self.folder) == FILES
+
+    def test_scan_finds_nothing_to_warn_of(self) -> None:
+        info = scan_cache_dir(self.theirs)
+        assert info.warnings == []
+        (repo,) = info.repos
+        (revision,) = repo.revisions
+        assert (repo.repo_id, repo.repo_type, repo.nb_files) == ("org/model", "model", 3), "equal files share a blob"
+        assert (revision.commit_hash, set(revision.refs)) == (self.commit, {"main"})
+        assert {file.file_name for file in revision.files} == {Path(path).name for path in FILES}
+        assert info.size_on_disk == sum(map(len, FILES.values())) - len(WEIGHTS)
+
+    @pytest.mark.parametrize("revision", ["main", None, "commit"])
+    def test_files_are_found_without_a_network(self, hub: HubServer, revision: str | None) -> None:
+        revision = self.commit if revision == "commit" else revision
+        hub.close()
+        for path in FILES:
+            found = try_to_load_from_cache("org/model", path, cache_dir=self.theirs, revision=revision)
+            assert found == str(self.folder / path)
+            got = hf_hub_download("org/model", path, cache_dir=self.theirs, revision=revision, local_files_only=True)
+            assert got == found
+        whole = snapshot_download("org/model", cache_dir=self.theirs, revision=revision, local_files_only=True)
+        assert whole == str(self.folder)
+
+    def test_it_brings_nothing_again(self, hub: HubServer) -> None:
+        hub.reset()
+        assert snapshot_download("org/model", cache_dir=self.theirs, endpoint=hub.url) == str(self.folder)
+        assert hub.content_bytes() == 0
+
+    def test_checksums(self, hub: HubServer) -> None:
+        found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.theirs)
+        assert found.checked_count == len(FILES)
+        assert (found.mismatches, found.missing_paths, found.extra_paths) == ([], [], [])
+
+    def test_an_offline_process_with_the_cache_named_in_its_environment(self, hub: HubServer) -> None:
+        hub.close()
+        code = "from huggingface_hub import hf_hub_download as d; print(d('org/model', 'onnx/model.onnx'))"
+        environ = {**os.environ, "HF_HUB_CACHE": str(self.theirs), "HF_HUB_OFFLINE": "1"}
+        ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == str(self.folder / "onnx/model.onnx")
+
+    def test_a_second_call_asks_once_and_moves_nothing(self, hub: HubServer, cache: Path) -> None:
+        hub.reset()
+        assert weightferry.stage("org/model", cache_dir=cache) == self.folder
+        assert hub.content_bytes() == 0
+        assert len(hub.metadata_requests) == 1
+
+    def test_a_branch_that_moved(self, hub: HubServer, cache: Path) -> None:
+        hub.add_repo("org/model", FILES | {"config.json": b'{"new": 1}'})
+        hub.reset()
+        after = weightferry.stage("org/model", cache_dir=cache)
+        assert hub.content_bytes() == len(b'{"new": 1}'), "only what changed"
+        assert contents(after)["config.json"] == b'{"new": 1}'
+        assert contents(self.folder) == FILES, "the old snapshot stays"
+        assert scan_cache_dir(self.theirs).warnings == []
+        found = try_to_load_from_cache("org/model", "config.json", cache_dir=self.theirs)
+        assert found == str(after / "config.json")
+
+
+class TestOursReadsTheirs:
+    def test_a_snapshot_counts_as_cached(self, hub: HubServer, cache: Path) -> None:
+        theirs = snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url)
+        hub.reset()
+        assert weightferry.stage("org/model", cache_dir=cache) == Path(theirs)
+        assert hub.content_bytes() == 0
+
+    def test_a_single_file_too(self, hub: HubServer, cache: Path) -> None:
+        hf_hub_download("org/model", "model.safetensors", cache_dir=cache / "hub", endpoint=hub.url)
+        hub.reset()
+        folder = weightferry.stage("org/model", cache_dir=cache)
+        assert hub.content_bytes() == sum(map(len, FILES.values())) - 2 * len(WEIGHTS)
+        assert contents(folder) == FILES
+
+    def test_a_torn_blob_of_theirs_is_brought_again(self, hub: HubServer, cache: Path) -> None:
+        theirs = Path(snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url))
+        (theirs / "config.json").resolve().write_bytes(b"{!")  # same size, wrong bytes
+        (theirs / "onnx/model.onnx").resolve().write_bytes(b"onnx")
+        folder = weightferry.stage("org/model", cache_dir=cache)
+        assert contents(folder) == FILES
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/1", "feature/x"])
+def test_other_revisions_have_their_refs(hub: HubServer, cache: Path, revision: str) -> None:
+    hub.add_repo("org/model", FILES | {"config.json": revision.encode()}, revision=revision)
+    folder = weightferry.stage("org/model", revision=revision, cache_dir=cache)
+    assert (folder / "config.json").read_text() == revision
+    info = scan_cache_dir(cache / "hub")
+    assert info.warnings == []
+    assert {ref for repo in info.repos for ref in repo.refs} == {revision}
+    assert try_to_load_from_cache("org/model", "config.json", cache / "hub", revision) == str(folder / "config.json")
+
+
+def test_datasets(hub: HubServer, cache: Path) -> None:
+    folder = weightferry.stage("hf://datasets/org/data", cache_dir=cache)
+    found = try_to_load_from_cache("org/data", "rows.csv", cache / "hub", repo_type="dataset")
+    assert found == str(folder / "rows.csv")
+    assert hub.content_bytes() == 3
+
+
+def test_patterns_leave_a_part_that_can_be_completed(hub: HubServer, cache: Path) -> None:
+    weightferry.stage("org/model", allow_patterns="*.json", cache_dir=cache)
+    assert hub.content_bytes() == 2
+    whole = snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url)
+    assert contents(Path(whole)) == FILES
+
+
+def test_a_failed_call_leaves_a_cache_that_is_valid(hub: HubServer, cache: Path) -> None:
+    weightferry.stage("org/model", allow_patterns="*.json", cache_dir=cache)
+    with pytest.raises(SourceNotFound, match="no revision 'nope'"):
+        weightferry.stage("org/model", revision="nope", cache_dir=cache)
+    assert scan_cache_dir(cache / "hub").warnings == []
+    assert hub.url == constants.ENDPOINT

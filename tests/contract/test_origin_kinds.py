@@ -1,0 +1,154 @@
+"""What single kinds of origins do beside the contract."""
+
+from __future__ import annotations
+
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pytest
+
+from tests.contract.places import FolderPlace, HttpPlace, made, meaning, read, resolve
+from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceNotFound
+from weightferry.origins.base import RangeIgnored, TransientOriginError, origin_for
+from weightferry.settings import Settings
+
+BIG = bytes(range(256)) * 400
+FILES = {"config.json": b'{"a": 1}', "weights.safetensors": BIG}
+
+
+class TestHttp:
+    """What only plain web servers do."""
+
+    @pytest.fixture
+    def http(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpPlace]:
+        there: HttpPlace = made(HttpPlace, tmp_path, monkeypatch)
+        there.put(FILES)
+        yield there
+        there.close()
+
+    def test_a_url_signed_for_get_alone(self, http: HttpPlace) -> None:
+        http.web.methods = {"GET"}
+        pinned = resolve(http, "weights.safetensors")
+        assert pinned.files[0].size == len(BIG)
+        assert read(http, pinned, "weights.safetensors") == BIG
+
+    def test_ranges_that_are_ignored(self, http: HttpPlace) -> None:
+        pinned = resolve(http, "weights.safetensors")
+        http.web.ranges = False
+        with pytest.raises(RangeIgnored):
+            read(http, pinned, "weights.safetensors", 5)
+        assert read(http, pinned, "weights.safetensors") == BIG
+
+    def test_a_server_without_versions_is_asked_every_time(self, http: HttpPlace) -> None:
+        http.web.etags = False
+        one, two = resolve(http, "config.json"), resolve(http, "config.json")
+        assert one.files[0].key != two.files[0].key, "nothing says that a cached copy is still the file"
+        assert read(http, one, "config.json") == FILES["config.json"]
+
+    def test_the_query_goes_along_and_compression_is_refused(self, http: HttpPlace) -> None:
+        read(http, resolve(http, "config.json"), "config.json")
+        for _, path, headers in http.web.seen:
+            assert path == "/a%20b/config.json?X-Amz-Signature=planted&id=7"
+            assert headers["Accept-Encoding"] == "identity"
+            assert headers["Authorization"].startswith("Basic ")
+
+    def test_a_range_that_cannot_be(self, http: HttpPlace) -> None:
+        pinned = resolve(http, "config.json")
+        with pytest.raises(OriginError, match="416") as raised:
+            read(http, pinned, "config.json", 999)
+        assert not isinstance(raised.value, TransientOriginError)
+
+    @pytest.mark.parametrize(("text", "wait"), [("3", 3.0), ("0", 0.0), ("soon", None), ("", None)])
+    def test_retry_after(self, http: HttpPlace, text: str, wait: float | None) -> None:
+        http.answer(503, {"Retry-After": text})
+        with pytest.raises(TransientOriginError) as raised:
+            resolve(http, "config.json")
+        assert raised.value.retry_after == wait
+
+    def test_retry_after_as_a_date(self, http: HttpPlace) -> None:
+        http.answer(503, {"Retry-After": formatdate(time.time() + 60, usegmt=True)})
+        with pytest.raises(TransientOriginError) as raised:
+            resolve(http, "config.json")
+        assert raised.value.retry_after == pytest.approx(60, abs=3)
+
+    def test_the_hubs_own_limit(self, http: HttpPlace) -> None:
+        http.answer(429, {"RateLimit": '"api";r=0;t=55'})
+        with pytest.raises(TransientOriginError) as raised:
+            resolve(http, "config.json")
+        assert raised.value.retry_after == 55
+
+
+class TestChains:
+    """fsspec's URLs of URLs."""
+
+    @pytest.fixture
+    def archive(self, tmp_path: Path) -> Path:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as opened:
+            opened.writestr("m.bin", b"top")
+            opened.writestr("sub/n.bin", b"below")
+        return tmp_path / "a.zip"
+
+    @pytest.mark.parametrize(
+        ("first", "files"),
+        [
+            ("zip://", {"m.bin": b"top", "sub/n.bin": b"below"}),
+            ("zip://sub", {"n.bin": b"below"}),
+            ("zip://m.bin", {"m.bin": b"top"}),
+            ("zip://sub/n.bin", {"n.bin": b"below"}),
+        ],
+    )
+    def test_zip(self, archive: Path, first: str, files: dict[str, bytes]) -> None:
+        source = meaning(f"{first}::file://{archive}")
+        origin = origin_for(source.scheme, Settings())
+        pinned = origin.resolve(source, [""])
+        assert {file.path for file in pinned.files} == set(files)
+        for path, content in files.items():
+            with origin.read(pinned, path) as chunks:
+                assert b"".join(chunks) == content
+
+    def test_a_file_at_the_top(self) -> None:
+        fs = fsspec.filesystem("memory")
+        name = f"{uuid4().hex}.bin"
+        fs.pipe_file(f"/{name}", b"x")
+        try:
+            pinned = origin_for("memory", Settings()).resolve(meaning(f"memory://{name}"), [""])
+            assert pinned.source.root == "memory://"
+            assert [file.path for file in pinned.files] == [name]
+        finally:
+            fs.rm(f"/{name}")
+
+
+class TestFolder:
+    """What only local folders have."""
+
+    def test_links_that_lead_nowhere_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = made(FolderPlace, tmp_path, monkeypatch)
+        place.put(FILES)
+        (place.root / "broken").symlink_to("gone")
+        for paths in ([""], ["broken"]):
+            with pytest.raises(SourceNotFound, match="leads nowhere, to gone"):
+                resolve(place, *paths)
+
+    def test_a_fifo_is_never_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = made(FolderPlace, tmp_path, monkeypatch)
+        place.put(FILES)
+        os.mkfifo(place.root / "pipe")
+        with pytest.raises(BadRequest, match="neither a file nor a folder"):
+            resolve(place, "")
+
+    def test_a_folder_that_may_not_be_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = made(FolderPlace, tmp_path, monkeypatch)
+        place.put(FILES)
+
+        def refuse(path: str) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "scandir", refuse)  # root may list everything
+        with pytest.raises(AccessDenied, match="Permission denied"):
+            resolve(place, "")

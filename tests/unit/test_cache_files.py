@@ -1,0 +1,271 @@
+"""The cache: names, links, publishing, and what counts as whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+
+from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.links import point, write_whole
+from weightferry.cache.publish import publish, show, sweep_partials
+from weightferry.cache.survey import is_whole, known_sha256, survey
+from weightferry.errors import BadRequest
+from weightferry.hashing import Checksum
+from weightferry.manifest import File, Manifest, Pinned
+from weightferry.sources import Source
+from weightferry.testing.origin import FakeOrigin
+
+SHA = "ab" * 32
+COMMIT = "c0" * 20
+FILE = File("onnx/m.bin", 3, Checksum("sha256", SHA))
+
+
+def pinned(source: Source, *files: File, commit: str = COMMIT) -> Pinned:
+    return Pinned(source, commit, files or (FILE,))
+
+
+class TestLayout:
+    @pytest.mark.parametrize("repo_type", ["model", "dataset", "space"])
+    @pytest.mark.parametrize("repo_id", ["org/name", "gpt2", "a.b-c_d/e.f"])
+    def test_folders_are_huggingface_hubs(self, repo_type: str, repo_id: str) -> None:
+        layout = CacheLayout(Path("/cache"))
+        here = pinned(hub_source(root=repo_id, repo_type=repo_type))
+        folder = Path("/cache/hub") / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+        assert layout.hub == Path("/cache/hub")
+        assert layout.repo(here) == folder
+        assert layout.blob(here, FILE) == folder / "blobs" / SHA
+        assert layout.snapshot(here) == folder / "snapshots" / COMMIT
+        assert layout.pointer(here, FILE) == folder / "snapshots" / COMMIT / "onnx" / "m.bin"
+
+    def test_the_lock_is_huggingface_hubs(self) -> None:
+        # file_download.py: os.path.join(cache_dir, ".locks", repo_folder_name(...), f"{etag}.lock")
+        name = repo_folder_name(repo_id="org/model", repo_type="model")
+        lock = CacheLayout(Path(HF_HUB_CACHE).parent).lock(pinned(hub_source()), FILE)
+        assert lock == Path(HF_HUB_CACHE) / ".locks" / name / f"{SHA}.lock"
+
+    @pytest.mark.parametrize(
+        ("revision", "name"), [(None, "main"), ("main", "main"), ("v1.0", "v1.0"), ("refs/pr/1", "refs/pr/1")]
+    )
+    def test_refs(self, revision: str | None, name: str) -> None:
+        here = pinned(hub_source(revision))
+        assert CacheLayout(Path("/c")).ref(here) == Path("/c/hub/models--org--model/refs") / name
+
+    def test_a_commit_and_other_sources_have_no_ref(self) -> None:
+        layout = CacheLayout(Path("/c"))
+        assert layout.ref(pinned(hub_source(COMMIT))) is None
+        assert layout.ref(pinned(SOURCE)) is None
+
+    def test_a_revision_cannot_climb(self) -> None:
+        with pytest.raises(BadRequest):
+            CacheLayout(Path("/c")).ref(pinned(hub_source("../../../etc")))
+
+    def test_other_sources_lie_beside_the_hub(self) -> None:
+        layout, here = (
+            CacheLayout(Path("/c")),
+            pinned(Source("https", "https://host:8/a b/v1", query="X-Amz-Date=1&id=7")),
+        )
+        folder = layout.repo(here)
+        assert folder.parent == Path("/c/objects")
+        assert folder.name.startswith("https--host--8--a--b--v1--")
+        assert layout.lock(here, FILE) == Path("/c/objects/.locks") / folder.name / f"{SHA}.lock"
+        assert layout.sha256_note(here, FILE) == folder / "sha256" / SHA
+
+    def test_one_folder_for_one_identity(self) -> None:
+        layout = CacheLayout(Path("/c"))
+
+        def folder(root: str, query: str = "") -> Path:
+            return layout.repo(pinned(Source("https", root, query=query)))
+
+        signed = folder("https://host/a", "X-Amz-Signature=1&X-Amz-Date=2")
+        assert signed == folder("https://host/a", "X-Amz-Signature=8&X-Amz-Date=9") == folder("https://host/a")
+        assert folder("https://user:pw@host/a") == signed
+        assert folder("https://host/a", "id=1") != folder("https://host/a", "id=2") != signed
+        assert folder("https://host/" + "x" * 300) != folder("https://host/" + "x" * 301)
+        assert len(folder("https://host/" + "x" * 300).name) < 200
+
+    def test_local_sources_are_where_they_are(self) -> None:
+        here = pinned(Source("file", "/data/model"), commit="")
+        assert here.in_place
+        assert CacheLayout(Path("/c")).snapshot(here) == Path("/data/model")
+        assert CacheLayout(Path("/c")).pointer(here, FILE) == Path("/data/model/onnx/m.bin")
+
+    def test_partial_names_never_meet(self) -> None:
+        layout = CacheLayout(Path("/c"))
+        folder, pattern = layout.partial_pattern(FILE)
+        names = {layout.new_partial(FILE) for _ in range(100)}
+        assert len(names) == 100
+        assert all(name.parent == folder == Path("/c/partial") and name.match(pattern) for name in names)
+
+
+class TestPoint:
+    def test_new_with_parents(self, tmp_path: Path) -> None:
+        point(tmp_path / "a/b/link", "target")
+        assert os.readlink(tmp_path / "a/b/link") == "target"
+
+    @pytest.mark.parametrize("there", ["file", "link", "dangling", "link to a folder"])
+    def test_in_place_of_what_is_there(self, tmp_path: Path, there: str) -> None:
+        link = tmp_path / "link"
+        if there == "file":
+            link.write_text("old")
+        else:
+            link.symlink_to({"link": __file__, "dangling": "nowhere", "link to a folder": str(tmp_path)}[there])
+        point(link, "target")
+        assert os.readlink(link) == "target"
+        assert list(tmp_path.iterdir()) == [link]
+
+    def test_nothing_happens_when_it_is_right(self, tmp_path: Path) -> None:
+        point(tmp_path / "link", "target")
+        before = (tmp_path / "link").lstat()
+        point(tmp_path / "link", Path("target"))
+        after = (tmp_path / "link").lstat()
+        assert (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns)
+
+    def test_a_folder_is_not_ours_to_remove(self, tmp_path: Path) -> None:
+        (tmp_path / "link").mkdir()
+        with pytest.raises(BadRequest, match="folder is in the way"):
+            point(tmp_path / "link", "target")
+        assert (tmp_path / "link").is_dir()
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_long_names(self, tmp_path: Path) -> None:
+        name = "日" * 85  # 255 bytes, the most a name may have
+        point(tmp_path / name, "target")
+        assert (tmp_path / name).is_symlink()
+
+    def test_it_is_never_missing_while_many_make_it(self, tmp_path: Path) -> None:
+        targets = [tmp_path / f"t{number}" for number in range(4)]
+        for target in targets:
+            target.write_text("content")
+        link, over, missed = tmp_path / "link", threading.Event(), []
+        point(link, targets[0])
+
+        def hammer(number: int) -> None:
+            while not over.is_set():
+                number = (number + 1) % len(targets)
+                point(link, targets[number])
+
+        def read() -> None:
+            while not over.is_set():
+                try:
+                    assert link.read_text() == "content"
+                except (OSError, AssertionError) as error:
+                    missed.append(error)
+
+        threads = [threading.Thread(target=hammer, args=(n,)) for n in range(4)] + [threading.Thread(target=read)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert missed == []
+        assert {path.name for path in tmp_path.iterdir()} == {"link", "t0", "t1", "t2", "t3"}
+
+
+class TestWriteWhole:
+    def test_new_with_parents_and_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "refs/refs/pr/1"
+        write_whole(path, "one")
+        first = path.stat()
+        write_whole(path, "one")
+        assert path.stat().st_ino == first.st_ino, "unchanged content is not written again"
+        write_whole(path, "two")
+        assert path.read_text() == "two"
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_in_place_of_garbage(self, tmp_path: Path) -> None:
+        (tmp_path / "ref").write_bytes(b"\xff\xfe\x00")
+        write_whole(tmp_path / "ref", "main")
+        assert (tmp_path / "ref").read_text() == "main"
+
+    def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_whole(tmp_path / "ref", "old")
+
+        def full(self: Path, _: str) -> None:
+            self.touch()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            write_whole(tmp_path / "ref", "new")
+        assert (tmp_path / "ref").read_text() == "old"
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+class TestPublishAndSurvey:
+    def put(self, layout: CacheLayout, manifest: Manifest, content: bytes) -> tuple[Pinned, File]:
+        here, file = next(manifest.staged())
+        partial = layout.new_partial(file)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        publish(layout, here, file, partial, hashlib.sha256(content).hexdigest())
+        assert not partial.exists()
+        return here, file
+
+    def test_published_is_whole(self, layout: CacheLayout) -> None:
+        manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}))
+        assert survey(layout, manifest).whole == {}
+        self.put(layout, manifest, b"abc")
+        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+
+    @pytest.mark.parametrize("publishes", ["sha256", "git-sha1", None])
+    @pytest.mark.parametrize("torn", [b"", b"ab", b"abcd"])
+    def test_a_wrong_size_is_not_whole(self, layout: CacheLayout, publishes, torn: bytes) -> None:
+        manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=publishes))
+        self.put(layout, manifest, torn)
+        assert survey(layout, manifest).whole == {}
+
+    def test_wrong_bytes_of_a_git_blob_are_not_whole(self, layout: CacheLayout) -> None:
+        manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes="git-sha1"))
+        here, file = self.put(layout, manifest, b"abX")
+        assert is_whole(layout, here, file), "the size is right"
+        assert known_sha256(layout, here, file) is None
+        assert survey(layout, manifest).whole == {}
+        self.put(layout, manifest, b"abc")
+        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+
+    @pytest.mark.parametrize("kind", ["folder", "dangling link", "fifo"])
+    def test_a_name_proves_nothing(self, layout: CacheLayout, kind: str) -> None:
+        manifest = manifest_of(FakeOrigin({"m.bin": b""}))
+        blob = layout.blob(*next(manifest.staged()))
+        blob.parent.mkdir(parents=True)
+        {"folder": blob.mkdir, "dangling link": lambda: blob.symlink_to("no"), "fifo": lambda: os.mkfifo(blob)}[kind]()
+        assert survey(layout, manifest).whole == {}
+
+    def test_the_digest_is_noted_where_the_origin_has_none(self, layout: CacheLayout) -> None:
+        manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=None))
+        here, file = self.put(layout, manifest, b"abc")
+        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        layout.sha256_note(here, file).unlink()
+        assert survey(layout, manifest).whole == {0: ""}, "whole, its digest unknown"
+
+    def test_show(self, layout: CacheLayout) -> None:
+        manifest = manifest_of(FakeOrigin({"a/b/m.bin": b"abc"}), hub_source())
+        here, file = self.put(layout, manifest, b"abc")
+        show(layout, here)
+        show(layout, here)
+        pointer = layout.pointer(here, file)
+        assert pointer.read_bytes() == b"abc"
+        assert os.readlink(pointer) == f"../../../../blobs/{file.key}", "relative: the cache may be moved or mounted"
+        assert (layout.repo(here) / "refs/main").read_text() == here.commit
+
+    def test_sweep(self, layout: CacheLayout) -> None:
+        file, other = pin(FakeOrigin({"m.bin": b"abc", "n.bin": b"x"})).files
+        old, new, theirs = layout.new_partial(file), layout.new_partial(file), layout.new_partial(other)
+        old.parent.mkdir(parents=True)
+        for path in (old, new, theirs):
+            path.write_bytes(b"part")
+        for path in (old, theirs):
+            os.utime(path, (time.time() - 100, time.time() - 100))
+        sweep_partials(layout, file, ttl=50)
+        assert not old.exists()
+        assert new.exists()
+        assert theirs.exists(), "another file's lock is not held here"

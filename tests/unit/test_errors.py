@@ -1,0 +1,201 @@
+"""Errors that cross processes whole, say who and where, and never say a secret."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from weightferry.errors import (
+    AccessDenied,
+    BadRequest,
+    CollectError,
+    Failure,
+    IntegrityError,
+    NoHook,
+    OriginError,
+    PlanMismatch,
+    SourceNotFound,
+    at,
+    from_failures,
+    ranges,
+    redact,
+)
+from weightferry.origins.base import TransientOriginError
+
+
+def classes(base: type[CollectError] = CollectError) -> list[type[CollectError]]:
+    found: list[type[CollectError]] = [base]
+    for kind in base.__subclasses__():
+        found += classes(kind)
+    return [kind for kind in found if kind.__module__ in ("weightferry.errors", "weightferry.origins.base")]
+
+
+def failure(rank: int = 0, message: str = "it broke", kind: str = "OriginError", **options: str) -> Failure:
+    return Failure(rank, f"host{rank}", options.pop("phase", "transfer"), kind, message, **options)
+
+
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
+def test_every_class_pickles_whole(kind: type[CollectError]) -> None:
+    error = kind("what happened", subject="hf://org/model", failures={3: failure(3, traceback="Traceback ...")})
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert (str(again), again.subject, again.failures) == (str(error), error.subject, error.failures)
+
+
+def test_how_long_an_origin_wants_us_to_wait_pickles_too() -> None:
+    error = pickle.loads(pickle.dumps(TransientOriginError("429", subject="x", retry_after=7.0)))
+    assert (str(error), error.subject, error.retry_after) == ("429", "x", 7.0)
+
+
+def test_every_class_travels_under_its_own_name() -> None:
+    ours = [kind for kind in classes() if kind.__module__ == "weightferry.errors"]
+    assert len(ours) == 14
+    for kind in ours:
+        assert type(from_failures({0: failure(kind=kind.__name__)})) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (BadRequest, ValueError),
+        (PlanMismatch, ValueError),
+        (SourceNotFound, FileNotFoundError),
+        (AccessDenied, PermissionError),
+        (OriginError, OSError),
+        (NoHook, RuntimeError),
+    ],
+)
+def test_they_are_what_speechbrains_users_catch(kind: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(kind, builtin)
+
+
+class TestFailure:
+    def test_of_an_exception(self) -> None:
+        try:
+            with at("publish", "model.bin"), at("transfer", "elsewhere"):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            got = Failure.of(error, rank=4, host="node1", phase="link", role="leader of ranks 4-7")
+        assert (got.phase, got.subject) == ("transfer", "elsewhere"), "the innermost context knows best"
+        assert (got.kind, got.message) == ("OSError", "[Errno 28] No space left on device")
+        assert "test_of_an_exception" in got.traceback
+        assert str(got) == (
+            "transfer on node1 (rank 4, leader of ranks 4-7): elsewhere: OSError: [Errno 28] No space left on device"
+        )
+
+    def test_a_subject_of_the_error_itself_wins(self) -> None:
+        with pytest.raises(IntegrityError) as raised, at("transfer", "outer"):
+            raise IntegrityError("wrong", subject="inner")
+        text = str(Failure.of(raised.value, rank=0, host="h", phase="p"))
+        assert text == "transfer on h (rank 0): inner: wrong"
+
+    def test_an_exception_without_text(self) -> None:
+        assert Failure.of(KeyboardInterrupt(), rank=0, host="h", phase="p").message == "KeyboardInterrupt"
+
+    def test_secrets_stay_where_they_are(self) -> None:
+        try:
+            raise AccessDenied(
+                "GET https://u:pw@h/x?X-Amz-Signature=abcdef Bearer abcdefgh12", subject="https://u:pw@h"
+            )
+        except AccessDenied as error:
+            got = Failure.of(error, rank=0, host="h", phase="p")
+        for text in (got.message, got.subject, got.traceback, str(got)):
+            assert "pw" not in text
+            assert "abcdef" not in text
+
+
+class TestFromFailures:
+    def test_the_first_line_says_it_all(self) -> None:
+        error = from_failures({4: failure(4, "HTTP 503", subject="hf://org/m/x.bin", role="leader of ranks 4-7")})
+        assert str(error) == "failed in transfer on host4 (rank 4, leader of ranks 4-7): hf://org/m/x.bin: HTTP 503"
+        assert type(error) is OriginError
+        assert error.subject == "hf://org/m/x.bin"
+
+    def test_the_lowest_rank_gives_the_class_and_all_are_named(self) -> None:
+        failures = {
+            9: failure(9, "no space", "OSError", phase="publish"),
+            2: failure(2, "wrong", "IntegrityError"),
+            **{rank: failure(rank, "wrong", "IntegrityError") for rank in (3, 4, 7)},
+        }
+        error = from_failures(failures)
+        assert type(error) is IntegrityError
+        assert str(error).splitlines() == [
+            "failed in transfer on host2 (rank 2): wrong",
+            "  the same on ranks 3-4, 7",
+            "  and in publish on host9 (rank 9): OSError: no space",
+        ]
+        assert error.failures == failures
+
+    def test_a_class_of_nobody_is_named_in_the_text(self) -> None:
+        error = from_failures({0: failure(kind="ZeroDivisionError")})
+        assert type(error) is CollectError
+        assert "ZeroDivisionError: it broke" in str(error)
+
+    def test_transient_errors_do_not_leave_the_rank_as_such(self) -> None:
+        assert type(from_failures({0: failure(kind=TransientOriginError.__name__)})) is CollectError
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("token hf_abcdefGHIJ1234 refused", "hf_abcdefGHIJ1234"),
+        ("Authorization: Bearer abc.def-ghi_123", "abc.def-ghi_123"),
+        ("authorization: basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
+        ("GET https://user:pa55w0rd@host/x", "pa55w0rd"),
+        ("GET https://user:pa@55w0rd@host/x", "55w0rd"),
+        ("s3://AKIAKEY:secr3t@bucket/x", "secr3t"),
+        ("https://h/x?X-Amz-Signature=deadbeef&a=1", "deadbeef"),
+        ("https://h/x?a=1&X-Amz-Security-Token=deadbeef", "deadbeef"),
+        ("https://h/x?X-Goog-Signature=deadbeef", "deadbeef"),
+        ("https://h/x?sv=1&sig=dead%2Fbeef", "dead%2Fbeef"),
+        ("https://h/x?Policy=p0licy&Signature=s1gn&Key-Pair-Id=K1", "p0licy"),
+        ("https://h/x?access_token=t0ken", "t0ken"),
+        ("https://h/x?api_key=k3y", "k3y"),
+        ("https://h/x?password=pa55", "pa55"),
+    ],
+)
+def test_redact(text: str, secret: str) -> None:
+    assert secret in text
+    assert secret not in redact(text)
+    assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_redact_what_the_environment_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "w/hat+ever")
+    assert redact("it said w/hat+ever!") == "it said <hidden>!"
+    monkeypatch.setenv(name, "")
+    assert redact("it said w/hat+ever!") == "it said w/hat+ever!"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://org/model@main/config.json",
+        "hf://gpt2@main",
+        "https://host/a?id=7&page=2",
+        "half_a_loaf hf_short",
+        "https://host/mail?to=a@b",
+        "the bearer of news",
+    ],
+)
+def test_redact_leaves_the_rest(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_the_first_line_hides_the_environments_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    error = Failure.of(OSError("planted-token refused"), rank=0, host="h", phase="resolve")
+    assert "planted-token" not in str(from_failures({0: error})) + error.traceback
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([7, 0, 1, 5, 4], "0-1, 4-5, 7"), ([], "")]
+)
+def test_ranges(ranks: list[int], text: str) -> None:
+    assert ranges(ranks) == text
+
+
+def test_a_failure_survives_the_store() -> None:
+    assert pickle.loads(pickle.dumps(failure(1))) == failure(1)

@@ -1,0 +1,137 @@
+"""The last phase: where a rank finds things, the links, and that it can open what it was given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.doubles import FakeWatch
+from weightferry.cache.layout import CacheLayout
+from weightferry.cluster.agree import Wish
+from weightferry.errors import CollectError, SourceNotFound
+from weightferry.link import Shown, check_readable, make_links
+from weightferry.origins.base import origin_for
+from weightferry.origins.resolve import Resolved, resolve
+from weightferry.settings import Settings
+from weightferry.sources import Ask
+
+
+class Local:
+    """Links to local sources: the whole phase without a cache."""
+
+    def __init__(self, root: Path, settings: Settings, layout: CacheLayout) -> None:
+        self.source, self.into, self.settings, self.layout = root / "source", root / "into", settings, layout
+        for path, content in {"a.ckpt": b"aaa", "sub/b.ckpt": b"bbbb", "sub/deep/c.bin": b"c"}.items():
+            (self.source / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.source / path).write_bytes(content)
+
+    def show(self, into: Path | None = None, suffix: str | None = None, **asks: Ask) -> tuple[Shown, Resolved]:
+        resolved = resolve(list(asks.values()), self.settings, FakeWatch(), origin_for)
+        return Shown.of(Wish(asks, into, suffix), resolved, self.layout), resolved
+
+    def link(self, into: Path | None = None, suffix: str | None = None, **asks: Ask) -> dict[str, Path]:
+        shown, resolved = self.show(into, suffix, **asks)
+        make_links(shown)
+        check_readable(shown, resolved)
+        return dict(shown.paths)
+
+
+@pytest.fixture
+def local(tmp_path: Path, settings: Settings, layout: CacheLayout) -> Local:
+    return Local(tmp_path, settings, layout)
+
+
+class TestPaths:
+    def test_no_links(self, local: Local) -> None:
+        paths = local.link(x=Ask.of(local.source, "sub/b.ckpt"), y=Ask.of(local.source), z=Ask.of(local.source, "sub"))
+        assert paths == {"x": local.source / "sub/b.ckpt", "y": local.source, "z": local.source / "sub"}
+
+    def test_named_links(self, local: Local) -> None:
+        paths = local.link(local.into, ".ckpt", x=Ask.of(local.source, "sub/b.ckpt"), y=Ask.of(local.source, "sub"))
+        assert paths == {"x": local.into / "x.ckpt", "y": local.into / "y.ckpt"}
+        assert os.readlink(paths["x"]) == str(local.source / "sub/b.ckpt")
+        assert (paths["y"] / "deep/c.bin").read_bytes() == b"c"
+
+    def test_a_folders_files_under_their_own_paths(self, local: Local) -> None:
+        assert local.link(local.into, x=Ask.of(local.source)) == {"x": local.into}
+        assert (local.into / "sub/deep/c.bin").is_symlink()
+        assert not (local.into / "sub").is_symlink()
+        local.link(local.into, x=Ask.of(local.source, "sub"))
+        assert (local.into / "deep/c.bin").read_bytes() == b"c"
+
+    def test_a_single_file_under_its_name(self, local: Local) -> None:
+        assert local.link(local.into, x=Ask.of(local.source, "sub/b.ckpt")) == {"x": local.into / "b.ckpt"}
+        assert local.link(local.into, x=Ask.of(local.source / "a.ckpt")) == {"x": local.into / "a.ckpt"}
+        assert sorted(path.name for path in local.into.iterdir()) == ["a.ckpt", "b.ckpt"]
+
+    def test_one_file_under_two_names(self, local: Local) -> None:
+        ask = Ask.of(local.source, "a.ckpt")
+        paths = local.link(local.into, ".ckpt", x=ask, y=ask)
+        assert paths["x"].read_bytes() == paths["y"].read_bytes() == b"aaa"
+
+
+class TestExisting:
+    def test_only_what_differs_is_replaced(self, local: Local) -> None:
+        asks = {"x": Ask.of(local.source, "a.ckpt"), "y": Ask.of(local.source, "sub/b.ckpt")}
+        paths = local.link(local.into, ".ckpt", **asks)
+        before = {name: path.lstat().st_ino for name, path in paths.items()}
+        paths["y"].unlink()
+        paths["y"].symlink_to("elsewhere")
+        local.link(local.into, ".ckpt", **asks)
+        assert paths["x"].lstat().st_ino == before["x"]
+        assert paths["y"].read_bytes() == b"bbbb"
+
+    @pytest.mark.parametrize(("content", "kept"), [(b"aaa", True), (b"aab", False), (b"aaaa", False)])
+    def test_a_real_file_stays_when_it_is_equal(self, local: Local, content: bytes, kept: bool) -> None:
+        local.into.mkdir()
+        (local.into / "x.ckpt").write_bytes(content)
+        local.link(local.into, ".ckpt", x=Ask.of(local.source, "a.ckpt"))
+        assert (local.into / "x.ckpt").is_symlink() != kept
+        assert (local.into / "x.ckpt").read_bytes() == b"aaa"
+
+    def test_a_source_in_the_folder_of_links_is_not_linked_to_itself(self, local: Local) -> None:
+        ask = Ask.of(local.source, "a.ckpt")
+        assert local.link(local.source, ".ckpt", a=ask)["a"].read_bytes() == b"aaa"
+        assert not (local.source / "a.ckpt").is_symlink()
+
+    def test_nor_a_link_there_from_an_earlier_run(self, local: Local, tmp_path: Path) -> None:
+        paths = local.link(local.into, ".ckpt", x=Ask.of(local.source, "a.ckpt"))
+        (tmp_path / "alias").symlink_to(local.into)
+        for folder in (local.into, tmp_path / "alias"):
+            local.link(local.into, ".ckpt", x=Ask.of(folder, "x.ckpt"))
+            assert os.readlink(paths["x"]) == str(local.source / "a.ckpt")
+
+
+class TestReadable:
+    def test_every_link_is_opened(self, local: Local) -> None:
+        ask = Ask.of(local.source, "a.ckpt")
+        shown, resolved = local.show(local.into, ".ckpt", x=ask, y=ask)
+        make_links(shown)
+        for name in "xy":
+            shown.paths[name].unlink()
+            with pytest.raises(SourceNotFound, match="on every node") as raised:
+                check_readable(shown, resolved)
+            assert raised.value.subject == str(shown.paths[name])
+            make_links(shown)
+        check_readable(shown, resolved)
+
+    @pytest.mark.parametrize("into", [None, "into"])
+    def test_another_size_for_this_rank(self, local: Local, into: str | None) -> None:
+        shown, resolved = local.show(local.into if into else None, x=Ask.of(local.source))
+        make_links(shown)
+        (local.source / "sub/deep/c.bin").write_bytes(b"changed")
+        with pytest.raises(CollectError, match="has 7 bytes for this rank, 1 were expected"):
+            check_readable(shown, resolved)
+
+    def test_a_file_that_this_rank_may_not_read(self, local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown, resolved = local.show(x=Ask.of(local.source, "a.ckpt"))
+
+        def refuse(self: Path, mode: str = "r") -> None:
+            raise PermissionError(13, "Permission denied", str(self), None, mode)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(PermissionError) as raised:
+            check_readable(shown, resolved)
+        assert getattr(raised.value, "_weightferry_subject", "") == str(local.source / "a.ckpt")

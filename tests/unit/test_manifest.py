@@ -1,0 +1,109 @@
+"""The manifest and checksums: what an origin may not make us write, and names that never change."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.doubles import SOURCE, hub_source
+from weightferry.errors import BadRequest
+from weightferry.hashing import Checksum, Hashes
+from weightferry.manifest import File, Manifest, Pinned, listing_commit
+from weightferry.sources import Source
+
+SHA = hashlib.sha256(b"x").hexdigest()
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "a\\b", "a\0b", "", ".", "a//b", "./a", "a/"])
+def test_an_origin_cannot_make_a_file_climb(path: str) -> None:
+    with pytest.raises(ValueError, match=r"climbs|normal form"):
+        File(path, 1)
+
+
+@pytest.mark.parametrize("commit", ["../../x", "..", "a/b", ".", "a b", "a\n"])
+def test_nor_a_commit(commit: str) -> None:
+    with pytest.raises(ValueError, match="commit"):
+        Pinned(SOURCE, commit, ())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "text"),
+    [("sha256", "../x"), ("sha256", SHA[:40]), ("git-sha1", SHA), ("sha256", SHA.upper()), ("sha256", SHA + "\n")],
+)
+def test_nor_a_checksum(algorithm, text: str) -> None:
+    with pytest.raises(ValueError, match=algorithm):
+        Checksum(algorithm, text)
+
+
+class TestKey:
+    def test_it_is_the_checksum(self) -> None:
+        assert File("a", 1, Checksum("sha256", SHA), version="7").key == SHA
+
+    def test_else_path_size_and_version_decide(self) -> None:
+        file = File("a", 1, version="7")
+        others = [replace(file, path="b"), replace(file, size=2), replace(file, size=None), replace(file, version="8")]
+        assert len({other.key for other in [file, *others]}) == 5
+        assert file.key == File("a", 1, version="7").key
+        assert File("../a".strip("./"), 1, version="7").key == file.key
+
+    def test_it_never_changes(self) -> None:
+        # Names in caches that exist: another rule would bring everything again.
+        assert File("a", 1, version="7").key == hashlib.sha256(b"a\x001\x007").hexdigest()
+
+
+def test_listings_have_commits() -> None:
+    one, two = File("a", 1, version="1"), File("b", 2, version="1")
+    assert listing_commit([one, two]) == listing_commit([two, one])
+    assert len({listing_commit(files) for files in ([one], [two], [one, two], [one, replace(two, version="2")])}) == 4
+    assert Pinned(SOURCE, listing_commit([one]), (one,)).commit.isalnum()
+
+
+def test_pinned() -> None:
+    here = Pinned(hub_source("main"), "c0" * 20, (File("a", 1), File("b/c", 2)))
+    assert here.name == f"hf://org/model@{'c0' * 20}"
+    assert here.file("b/c").size == 2
+    with pytest.raises(KeyError):
+        here.file("b")
+    signed = Pinned(Source("https", "https://user:pw@h/d", "x", query="X-Amz-Signature=s1gn"), "", ())
+    assert signed.name == "https://h/d"
+
+
+def test_manifest() -> None:
+    local = Pinned(Source("file", "/data"), "", (File("x", 5),))
+    remote = Pinned(SOURCE, "", (File("y", 7), File("z", None)))
+    manifest = Manifest((local, remote))
+    assert list(manifest.staged()) == [(remote, remote.files[0]), (remote, remote.files[1])]
+    assert manifest.size == 12
+    assert pickle.loads(pickle.dumps(manifest)) == manifest
+
+
+class TestHashes:
+    def test_git_agrees(self, tmp_path) -> None:
+        (tmp_path / "f").write_bytes(b"some content\n")
+        try:
+            answer = subprocess.run(["git", "hash-object", tmp_path / "f"], capture_output=True, text=True, check=True)
+        except FileNotFoundError:
+            pytest.skip("needs git: apt-get install git")
+        checksum = Checksum("git-sha1", answer.stdout.strip())
+        assert Hashes(checksum, 13).update_from(tmp_path / "f").right
+
+    def test_in_parts(self) -> None:
+        hashes = Hashes(Checksum("sha256", hashlib.sha256(b"abc").hexdigest()), 3)
+        for part in (b"a", b"", b"bc"):
+            assert not hashes.right
+            hashes.update(part)
+        assert hashes.right
+        assert hashes.sha256 == hashes.got == hashlib.sha256(b"abc").hexdigest()
+        hashes.update(b"d")
+        assert not hashes.right
+
+    def test_without_a_promise_everything_is_right(self) -> None:
+        assert Hashes().right
+
+
+def test_bad_requests_are_value_errors() -> None:
+    assert issubclass(BadRequest, ValueError)

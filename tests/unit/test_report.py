@@ -1,0 +1,106 @@
+"""The run report: exactly what is documented, and how people read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import weightferry
+from weightferry.cluster.agree import Wish
+from weightferry.cluster.control import Solo
+from weightferry.report.run import DomainReport, RunReport
+from weightferry.report.text import size, summary, table
+from weightferry.settings import Settings
+from weightferry.sources import Ask
+from weightferry.staging import collect
+
+TOTAL = {"bytes": 2000, "files": 2, "origin_bytes": 4000, "peer_bytes": 0, "cached_bytes": 500, "seconds": 1.25}
+DOMAINS = [
+    DomainReport("h0", 0, [0, 1], origin_bytes=2000, seconds={"agree": 0.1, "transfer": 1.0}),
+    DomainReport("h1", 2, [2, 3], origin_bytes=2000, cached_bytes=500, seconds={"agree": 0.1, "load": 2.0}),
+]
+REPORT = RunReport("collect", 4, 2, TOTAL, DOMAINS, {"source": None, "commit": None, "files": []})
+
+
+def test_the_keys() -> None:
+    got = REPORT.to_dict()
+    assert list(got) == ["schema", "operation", "ranks", "nodes", "total", "domains", "manifest"]
+    assert got["schema"] == 1
+    for domain in got["domains"]:
+        assert set(domain) == {
+            *("host", "leader_rank", "ranks", "origin_bytes", "peer_bytes_in", "peer_bytes_out", "cached_bytes"),
+            "seconds",
+        }
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    REPORT.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == REPORT.to_dict()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(b"abc")
+    settings = Settings(cache_dir=tmp_path / "cache")
+    collected = collect(lambda: Wish({"": Ask.of(tmp_path / "m.bin")}), Solo("h"), settings, "stage")
+    got = collected.report.to_dict()
+    assert got["total"].keys() == {"bytes", "files", "origin_bytes", "peer_bytes", "cached_bytes", "seconds"}
+    assert (got["operation"], got["ranks"], got["nodes"]) == ("stage", 1, 1)
+    assert got["total"] | {"seconds": 0} == {
+        "bytes": 3,
+        "files": 1,
+        "origin_bytes": 0,
+        "peer_bytes": 0,
+        "cached_bytes": 3,
+        "seconds": 0,
+    }
+    (domain,) = got["domains"]
+    assert (domain["host"], domain["leader_rank"], domain["ranks"]) == ("h", 0, [0])
+    assert {"agree", "resolve", "survey", "transfer", "link"} <= domain["seconds"].keys()
+    assert got["manifest"].keys() == {"source", "commit", "files"}
+    (file,) = got["manifest"]["files"]
+    assert file | {"source": ""} == {"path": "m.bin", "size": 3, "sha256": None, "source": "", "commit": None}
+    json.dumps(got)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1500, "1.5 kB"),
+        (999_400, "999 kB"),
+        (999_600, "1 MB"),
+        (90_868_376, "90.9 MB"),
+        (10**15, "1 PB"),
+    ],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_summary() -> None:
+    said, path = summary(REPORT, Path("/cache/x")).splitlines()
+    moved, came = said.split(": ")
+    assert moved == "staged 2 files, 2 kB, for 4 ranks on 2 nodes in 1.2 s"
+    assert came == "4 kB from the origin, 0 B from peers, 500 B already there"
+    assert path == "/cache/x"
+
+
+def test_table_lines_up() -> None:
+    lines = table(REPORT).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split()[-3:] == ["agree", "transfer", "load"]
+    assert "1 (h1)" in lines[2]
+    assert lines[2].endswith("0.10 s    0.00 s  2.00 s")
+
+
+def test_public_names_are_there() -> None:
+    for name in weightferry.__all__:
+        assert getattr(weightferry, name) is not None
+    assert set(weightferry.__all__) <= set(dir(weightferry))
+    with pytest.raises(AttributeError):
+        _ = weightferry.nothing

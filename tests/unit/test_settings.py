@@ -1,0 +1,70 @@
+"""Limits from defaults, the environment and the caller, in that order."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from tests.unit.doubles import environ
+from weightferry.errors import BadRequest
+from weightferry.settings import Settings
+
+
+def test_every_field_has_a_variable() -> None:
+    names = [spec.name for spec in fields(Settings) if spec.name != "cache_dir"]
+    # 7 would be a beat_interval of more than half the beat_timeout: 40 + place keeps them apart.
+    variables = {f"WEIGHTFERRY_{name.upper()}": 40 + place for place, name in enumerate(names)}
+    variables |= {"WEIGHTFERRY_BEAT_INTERVAL": 2, "WEIGHTFERRY_CACHE_DIR": "/cache"}  # type: ignore[dict-item]
+    read = Settings.from_environ(environ(**variables))
+    for name in names:
+        assert getattr(read, name) == variables[f"WEIGHTFERRY_{name.upper()}"]
+        assert isinstance(getattr(read, name), type(getattr(Settings(), name))), name
+    assert read.cache_dir == Path("/cache")
+
+
+def test_the_caller_wins_and_none_says_nothing() -> None:
+    variables = environ(WEIGHTFERRY_RETRIES=9, WEIGHTFERRY_CACHE_DIR="/cache")
+    assert Settings.from_environ(variables, retries=2, cache_dir="/mine").retries == 2
+    assert Settings.from_environ(variables, retries=2, cache_dir="/mine").cache_dir == Path("/mine")
+    assert Settings.from_environ(variables, retries=None, cache_dir=None) == Settings.from_environ(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, Path.home() / ".cache/weightferry"),
+        ({"XDG_CACHE_HOME": "/xdg"}, Path("/xdg/weightferry")),
+        ({"XDG_CACHE_HOME": "/xdg", "WEIGHTFERRY_CACHE_DIR": "~/w"}, Path.home() / "w"),
+        ({"WEIGHTFERRY_CACHE_DIR": "w"}, Path.cwd() / "w"),
+        ({"XDG_CACHE_HOME": "xdg"}, Path.cwd() / "xdg/weightferry"),
+        ({"XDG_CACHE_HOME": "", "WEIGHTFERRY_CACHE_DIR": ""}, Path.home() / ".cache/weightferry"),
+    ],
+)
+def test_the_cache_folder_is_absolute(variables: dict[str, str], folder: Path) -> None:
+    assert Settings.from_environ(variables).cache_dir == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("CONNECTIONS", "many"),
+        ("CONNECTIONS", "2.5"),
+        ("CONNECTIONS", "0"),
+        ("RETRIES", "-1"),
+        ("READ_TIMEOUT", "30s"),
+        ("READ_TIMEOUT", "0"),
+        ("READ_TIMEOUT", "nan"),
+        ("BEAT_TIMEOUT", "3"),
+    ],
+)
+def test_bad_values_name_the_setting(name: str, text: str) -> None:
+    with pytest.raises(BadRequest, match=f"(?i){name}") as raised:
+        Settings.from_environ({f"WEIGHTFERRY_{name}": text})
+    assert text.rstrip("s") in str(raised.value)
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Settings().retries = 3  # type: ignore[misc]
