@@ -229,6 +229,14 @@ def from_failures(failures: dict[int, Failure]) -> CollectError:
     return kind("\n".join(lines), subject=first.subject, failures=failures)
 
 
+def cause_to_show(error: BaseException | None) -> BaseException | None:
+    """Return `error` if its traceback gives no secret away; otherwise None: `Failure` has it, without the secret."""
+    if error is None:
+        return None
+    text = "".join(traceback.format_exception(error))
+    return error if redact(text) == text else None
+
+
 def ranges(ranks: list[int]) -> str:
     """Write ranks as people do: ``0-3, 7``."""
     ordered = sorted(ranks)

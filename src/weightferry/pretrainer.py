@@ -195,7 +195,7 @@ class Pretrainer:
         if name in self._collected:
             return self._collected[name]
         if self.collect_in is not None:
-            return self.collect_in.absolute() / f"{name}{PARAMFILE_EXT}"
+            return self.collect_in.expanduser().absolute() / f"{name}{PARAMFILE_EXT}"
         raise BadRequest(f"{name!r} was never collected: call collect_files() first", subject=name)
 
     def _limits(self) -> Settings:
@@ -211,7 +211,7 @@ class Pretrainer:
         links: dict[str, str] = {}
         for name in names:
             link = safe_path(f"{name}{PARAMFILE_EXT}")
-            other = links.setdefault(posixpath.normpath(link).casefold(), name)
+            other = links.setdefault(posixpath.normpath(link), name)
             if other != name:
                 raise BadRequest(
                     f"{other!r} and {name!r} would share the link {link} in {self.collect_in}", subject=name
@@ -221,7 +221,9 @@ class Pretrainer:
 
     def _ask(self, name: str, default_source: SourceLike | None) -> Ask:
         if name in self.paths:
-            return Ask.of(*self.split_path(self.paths[name]))
+            path = self.paths[name]
+            # Of a chain (zip://m.ckpt::s3://bucket/a.zip) the file is in the middle: it is looked up as a whole.
+            return Ask.of(path) if "::" in str(path) else Ask.of(*self.split_path(path))
         if default_source is not None:
             return Ask.of(default_source, name + PARAMFILE_EXT)
         raise BadRequest(f"{name!r} has no path, and there is no default source", subject=name)

@@ -31,9 +31,10 @@ class Settings:
         Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
         Default 10 and 30.
     retries : int
-        Attempts in a row that bring no byte before a transient error becomes final. Default 5.
+        How often in a row a read is tried again after a transient error, without a byte having come, before the error
+        is final. Default 5.
     retry_wait : float
-        Seconds before the first of these attempts; doubled each time up to 60, with jitter. An origin's
+        Seconds before the first of these retries; doubled each time up to 60, with jitter. An origin's
         ``Retry-After`` is honoured when it asks for more. Default 0.5.
     beat_interval : float
         Seconds between two signs of life of a rank. Default 2.

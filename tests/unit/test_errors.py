@@ -17,6 +17,7 @@ from weightferry.errors import (
     PlanMismatch,
     SourceNotFound,
     at,
+    cause_to_show,
     from_failures,
     ranges,
     redact,
@@ -199,3 +200,10 @@ def test_ranges(ranks: list[int], text: str) -> None:
 
 def test_a_failure_survives_the_store() -> None:
     assert pickle.loads(pickle.dumps(failure(1))) == failure(1)
+
+
+def test_a_cause_is_shown_unless_its_traceback_holds_a_secret() -> None:
+    harmless = ValueError("no such thing")
+    assert cause_to_show(harmless) is harmless
+    assert cause_to_show(ValueError("GET https://user:hunter2@host/x")) is None
+    assert cause_to_show(None) is None

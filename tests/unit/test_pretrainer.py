@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,33 @@ def test_repr_shows_the_state(bench: Bench) -> None:
     pretrainer = bench.make("a")
     pretrainer.collect_files(bench.source)
     assert repr(pretrainer) == f"Pretrainer(collect_in={bench.into}, loadables=['a'], collected=['a'])"
+
+
+def test_names_that_differ_in_case_are_two_links(tmp_path: Path) -> None:
+    for name in ("Model", "model"):
+        (tmp_path / f"{name}.ckpt").write_text(name)
+    pretrainer = Pretrainer(tmp_path / "links", {"Model": object(), "model": object()})
+    paths = pretrainer.collect_files(tmp_path)
+    assert {name: path.read_text() for name, path in paths.items()} == {"Model": "Model", "model": "model"}
+
+
+def test_a_file_in_the_middle_of_a_chain(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("deep/m.ckpt", "content")
+    pretrainer = Pretrainer(
+        None,
+        {"m": object()},
+        {"m": f"zip://deep/m.ckpt::file://{tmp_path}/all.zip"},
+        cache_dir=tmp_path / "cache",
+    )
+    assert pretrainer.collect_files()["m"].read_text() == "content"
+
+
+def test_load_alone_looks_in_the_home_of_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thing.ckpt").write_text("content")
+    read: list[str] = []
+    hooks = {"thing": lambda _, path: read.append(path.read_text())}
+    Pretrainer("~/m", {"thing": object()}, custom_hooks=hooks).load_collected()
+    assert read == ["content"]

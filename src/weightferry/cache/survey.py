@@ -11,6 +11,8 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Manifest, Pinned
 
+_SHA256_DIGITS = 64
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -57,6 +59,8 @@ def known_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
         # The Hub keeps files as git blobs only up to 10 MB: they are read and checked every time.
         hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
         return hashes.sha256 if hashes.right else None
-    with contextlib.suppress(OSError):
-        return layout.sha256_note(pinned, file).read_text()
+    with contextlib.suppress(OSError, ValueError):
+        note = layout.sha256_note(pinned, file).read_text()
+        # A crash of the node may have left it empty: then it says nothing.
+        return note if len(note) == _SHA256_DIGITS else ""
     return ""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from weightferry.errors import Failure, from_failures
+from weightferry.errors import Failure, cause_to_show, from_failures
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -130,10 +130,10 @@ class Solo(Control):
     ) -> R:
         try:
             return combine({0: work()})
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- raised again, with a name
             rank = self._rank_in_job
             failure = Failure.of(error, rank=rank, host=self.host, phase=phase, role=role)
-            raise from_failures({rank: failure}) from error
+            raise from_failures({rank: failure}) from cause_to_show(error)
 
     def check(self) -> None:
         """Nobody else can fail."""
@@ -172,5 +172,5 @@ class Verdict:
     def get(self, cause: BaseException | None) -> Any:
         """Return the value, or raise the failures; `cause` is this rank's own exception, if any."""
         if self.failures:
-            raise from_failures(dict(self.failures)) from cause
+            raise from_failures(dict(self.failures)) from cause_to_show(cause)
         return self.value

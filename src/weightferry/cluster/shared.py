@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import threading
 import time
@@ -52,7 +53,7 @@ class Shared(Control):
         self._pointless = ""  # the round that failed elsewhere while this rank still works for it
         self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no verdict will come
         self._over = threading.Event()
-        with self._alive():
+        with self._alive("agree"):
             self._store = dist.PrefixStore(prefix, clients.waiting)
             self._bell = Bell(dist.PrefixStore(prefix, clients.side)) if rank == 0 else None
             self._store.set(f"beat/{rank}", "0")
@@ -75,7 +76,7 @@ class Shared(Control):
         name = f"{len(self._rounds)}-{phase}"
         self._rounds.append(name)
         cause: BaseException | None = None
-        with self._alive(), self._gathering(name, phase, ranks, combine):
+        with self._alive(phase), self._gathering(name, phase, ranks, combine):
             if self.rank in ranks:
                 published, cause = Outcome.of(self.rank, self.host, phase, role, work)
                 if not isinstance(cause, Aborted):
@@ -88,12 +89,17 @@ class Shared(Control):
         return value
 
     @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
+    def _alive(self, phase: str) -> Iterator[None]:
         """Say who is gone when the store is: it lives in a process of the job, mostly rank 0's."""
         try:
             yield
         except dist.DistError as error:
-            raise LeaderLost(f"the job's store is gone, and with it the rank or agent that held it: {error}") from error
+            told = f"the job's store is gone, and with it the rank or agent that held it: {error}"
+            raise from_failures({0: Failure(0, self._store_host, phase, LeaderLost.__name__, told)}) from error
+
+    @property
+    def _store_host(self) -> str:
+        return os.environ.get("MASTER_ADDR", "its host")
 
     def _beat(self, clients: Clients, prefix: str) -> None:
         """Give signs of life, and watch for what makes this rank's work pointless: a verdict, or nobody to give one."""
@@ -134,7 +140,7 @@ class Shared(Control):
             logger.warning("rank %d waits for rank 0, which has not called yet (%.0f s)", self.rank, waited)
             return
         told = f"no sign of life for {self._settings.beat_timeout:.0f} s" if called else f"no call in {waited:.0f} s"
-        raise from_failures({0: Failure(0, "its host", phase, LeaderLost.__name__, told)})
+        raise from_failures({0: Failure(0, self._store_host, phase, LeaderLost.__name__, told)})
 
     @contextlib.contextmanager
     def _gathering(

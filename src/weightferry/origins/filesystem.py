@@ -28,7 +28,8 @@ class FilesystemOrigin:
                 source = Source(source.scheme, str(root.parent), root.name)
                 root, paths = root.parent, [root.name]
             if not root.is_dir():
-                raise SourceNotFound("no such local file or folder", subject=str(root))
+                # Named by its parent, the root itself gets the message that fits what it is.
+                paths, root = [f"{root.name}/{path}".rstrip("/") for path in paths], root.parent
             files = {file.path: file for path in paths for file in _files(root, path)}
         return Pinned(source, "", tuple(files[path] for path in sorted(files)))
 
@@ -66,7 +67,7 @@ def _files(root: Path, path: str) -> Iterator[File]:
         raise BadRequest("neither a file nor a folder", subject=str(at))
     else:
         there = [entry.name for entry in at.parent.iterdir()] if at.parent.is_dir() else []
-        raise SourceNotFound(f"no such file{closest(at.name, there)}", subject=str(at))
+        raise SourceNotFound(f"no such local file or folder{closest(at.name, there)}", subject=str(at))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from weightferry._version import __version__
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceNotFound
@@ -62,10 +62,16 @@ class HubOrigin:
         source, subject = pinned.source, f"{pinned.name}/{path}"
         # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
         url = hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(pinned.commit, safe=""))
-        headers = build_hf_headers(library_name="weightferry", library_version=__version__)
         session = _Checked(get_session(), source, subject)
-        with get_range(session, url, headers, subject, start, stop, timeout=timeouts(self._settings)) as response:
+        with get_range(session, url, _headers(), subject, start, stop, timeout=timeouts(self._settings)) as response:
             yield response.iter_raw()
+
+
+def _headers() -> dict[str, str]:
+    # Not huggingface_hub's build_hf_headers: in 2.x it may ask the Hub a question of its own first, which every leader
+    # of a job would do. Whether a token is sent follows its rule.
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return {"User-Agent": f"weightferry/{__version__}", **({"Authorization": f"Bearer {token}"} if token else {})}
 
 
 class _Checked:
@@ -155,8 +161,6 @@ def _denied(subject: str, prefix: str, error: HfHubHTTPError) -> AccessDenied:
 
 
 def _token_hint() -> str:
-    from huggingface_hub import get_token
-
     if get_token():
         return "the token of this rank (HF_TOKEN, or `hf auth login`) has no access to it"
     return "this rank has no token: set HF_TOKEN, or run `hf auth login`"

@@ -82,9 +82,9 @@ def resolve(
 def _understand(ask: Ask) -> Source:
     source = understand(ask, lambda text: Path(text).is_dir())
     if ask.kind is None and source.scheme == "file" and "://" not in ask.source:
-        logger.info("%s is a local folder, and used as such", ask.source)
+        logger.info("%s is a local folder, and used as such", ask)
     elif source.guessed:
-        logger.info("%s is no local folder: taken for a repository of the Hugging Face Hub", ask.source)
+        logger.info("%s is no local folder: taken for a repository of the Hugging Face Hub", ask)
     return source
 
 

@@ -13,6 +13,7 @@ a module), and its arguments and value must pickle.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -134,7 +135,9 @@ class Ranks:
         if self._processes[rank].is_alive():
             pid = self._processes[rank].pid
             assert pid is not None  # noqa: S101 -- it was started
-            os.kill(pid, number)
+            # The forkserver reaps its children: one may end between the question and the signal.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def outcomes(self, timeout: float) -> list[RankOutcome]:
         """Wait for all ranks to end; see `run_ranks`."""

@@ -1,0 +1,203 @@
+"""What ranks run in these tests. A rank imports this by name; arguments and values travel as pickles."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import weightferry
+
+
+@dataclass(frozen=True)
+class Got:
+    """What became of one call on one rank."""
+
+    value: Any = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+
+
+def each(*calls: Callable[[], Any]) -> list[Got]:
+    """Make the calls one after the other, whatever became of the one before."""
+    gots = []
+    for call in calls:
+        began = time.monotonic()
+        try:
+            value, error = call(), None
+        except Exception as caught:  # noqa: BLE001 -- the test looks at it
+            value, error = None, caught
+        gots.append(Got(value, error, time.monotonic() - began))
+    return gots
+
+
+def by_rank(calls: Mapping[int, Callable[[], Any]], other: Callable[[], Any]) -> Any:
+    """Make the call of this rank, or the one of all others."""
+    return calls.get(rank(), other)()
+
+
+def rank() -> int:
+    """The rank of this process."""
+    from torch import distributed as dist
+
+    return dist.get_rank()
+
+
+def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
+    """Stage a source; the path, and by relative path the SHA-256 of what this rank reads there."""
+    path = weightferry.stage(source, **options)
+    return path, _sha256s(path)
+
+
+def report(source: str) -> dict[str, Any]:
+    """Stage a source and return the run report."""
+    from weightferry.cluster.agree import Wish
+    from weightferry.cluster.connect import operation
+    from weightferry.settings import Settings
+    from weightferry.sources import Ask
+    from weightferry.staging import collect
+
+    settings = Settings.from_environ()
+    with operation(settings) as control:
+        return collect(lambda: Wish({"": Ask.of(source)}), control, settings, "stage").report.to_dict()
+
+
+def collect(
+    paths: Mapping[str, Any], collect_in: Path | None = None, default_source: Any = None, *, internal: bool = True
+) -> dict[str, tuple[Path, str]]:
+    """Collect files of loadables that nobody loads; by name, path and SHA-256."""
+    names = dict.fromkeys(paths, None)
+    given = {name: path for name, path in paths.items() if path is not None}
+    pretrainer = weightferry.Pretrainer(collect_in, names, given)
+    found = pretrainer.collect_files(default_source, internal_ddp_handling=internal)
+    return {name: (path, _sha256(path)) for name, path in found.items()}
+
+
+def load(
+    paths: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], collect_in: Path | None = None
+) -> dict[str, Any]:
+    """Collect and load, and return the state of every loadable as plain numbers."""
+    loadables = make()
+    pretrainer = weightferry.Pretrainer(collect_in, loadables, paths)
+    pretrainer.collect_files()
+    pretrainer.load_collected()
+    return {name: _plain(loadable.state_dict()) for name, loadable in loadables.items()}
+
+
+def network() -> Any:
+    """A small module with other weights on every rank."""
+    import torch
+
+    torch.manual_seed(1000 + rank())
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def plain_module() -> dict[str, Any]:
+    """A module and its optimizer."""
+    import torch
+
+    model = network()
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)}
+
+
+def ddp_module() -> dict[str, Any]:
+    """A module in DDP, which by itself would spread rank 0's weights at once."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return {"model": DistributedDataParallel(network())}
+
+
+def no_hook() -> dict[str, Any]:
+    """Something that nobody can load."""
+    return {"model": object()}
+
+
+def no_hook_on_rank_1() -> dict[str, Any]:
+    """The same on one rank alone."""
+    return no_hook() if rank() == 1 else {"model": network()}
+
+
+def only_model() -> dict[str, Any]:
+    """A module alone."""
+    return {"model": network()}
+
+
+def regroup(seconds: float) -> None:
+    """Destroy the process group and make another one, on the same store, with another time-out."""
+    from torch import distributed as dist
+
+    store, me, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    limit = timedelta(seconds=seconds)
+    again = dist.PrefixStore("again", store)
+    again.set_timeout(limit)
+    dist.init_process_group("gloo", store=again, rank=me, world_size=size, timeout=limit)
+
+
+def as_nobody(call: Callable[[], Any]) -> Any:
+    """Make the call without root's right to read and write everything; for others nothing changes."""
+    if os.geteuid() == 0:
+        # struct __user_cap_header_struct {version 3, pid 0}; two structs {effective, permitted, inheritable} of zeros
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if ctypes.CDLL(None, use_errno=True).capset(header, none):
+            raise OSError(ctypes.get_errno(), "capset")
+    return call()
+
+
+def command(out: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run the command as torchrun would start it on this rank; exit code, standard output, standard error."""
+    from torch import distributed as dist
+
+    from weightferry.cli import main
+
+    me, store = rank(), dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)
+    os.environ.update(
+        RANK=str(me),
+        WORLD_SIZE=str(dist.get_world_size()),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    texts = [out / f"rank{me}.{name}" for name in ("out", "err")]
+    for number, path in enumerate(texts, start=1):
+        to = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, number)
+        os.close(to)
+    try:
+        main(list(arguments), standalone_mode=True)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code, texts[0].read_text(), texts[1].read_text()
+
+
+def _plain(state: Any) -> Any:
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items()}
+    return [_plain(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+
+
+def _sha256s(path: Path) -> dict[str, str]:
+    if path.is_file():
+        return {path.name: _sha256(path)}
+    return {file.relative_to(path).as_posix(): _sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}

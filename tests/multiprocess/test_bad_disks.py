@@ -1,0 +1,170 @@
+"""What a node's disk may do wrong, on all nodes or on one: the same error on every rank, and the next call works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import pytest
+
+from tests.conftest import need
+from tests.multiprocess import jobs
+from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
+from weightferry.errors import BadRequest, CollectError, LoadError, SourceNotFound
+
+FILES = {"small.ckpt": b"small", "big.bin": os.urandom(3 << 20)}
+ALL = {0, 1, 2, 3}
+
+
+@pytest.fixture
+def model(nodes: Nodes) -> Nodes:
+    nodes.hub.add_repo("org/model", FILES)
+    nodes.hub.add_repo("org/little", {"a.bin": b"abc"})
+    return nodes
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "node1"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "weightferry-test", str(folder)]
+    need(
+        os.geteuid() == 0 and run(mount, capture_output=True, check=False).returncode == 0,
+        "a full disk needs a small tmpfs, and that the right to mount: run this test as root (sudo make test), in a "
+        "container with --cap-add SYS_ADMIN",
+    )
+    try:
+        yield folder
+    finally:
+        run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
+    gots, after = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/little"))
+    failed_alike(gots, CollectError, "transfer", {2}, "big.bin", "No space left on device", "leader of ranks 2-3")
+    # Found before the first byte of the file came, and in good time.
+    assert model.hub.content_bytes("big.bin") <= len(FILES["big.bin"])
+    assert max(got.seconds for got in gots) < 30
+    assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
+    check_cache(model.cache(0))
+    check_cache(little_disk)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_cache_that_one_node_may_not_write(model: Nodes, node: int) -> None:
+    folder = model.cache(2 * node)
+    folder.mkdir()
+    folder.chmod(0o555)
+    gots, after, local = model.tries(
+        partial(jobs.as_nobody, partial(jobs.stage, "org/model")),
+        partial(jobs.stage, "org/little"),
+        partial(jobs.stage, __file__),
+    )
+    for error in (gots, after):
+        failed_alike(error, CollectError, "transfer", {2 * node}, "Permission denied", str(folder))
+    values(local)  # needs no cache
+    folder.chmod(0o755)
+    check_cache(model.cache(0))
+    check_cache(model.cache(2))
+
+
+def test_a_cache_that_nobody_may_write_is_enough_when_it_is_whole(model: Nodes) -> None:
+    model.run(jobs.stage, "org/model")
+    folders = [folder for rank in (0, 2) for folder, _, _ in os.walk(model.cache(rank))]
+    for folder in folders:
+        Path(folder).chmod(0o555)
+    try:
+        (gots,) = model.tries(partial(jobs.as_nobody, partial(jobs.stage, "org/model")))
+    finally:
+        for folder in folders:
+            Path(folder).chmod(0o755)
+    assert [files for _, files in values(gots)] == [sha256s(FILES)] * 4
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_cache_that_is_a_file_on_one_node(model: Nodes, node: int) -> None:
+    model.cache(2 * node).write_text("not a folder")
+    gots, local = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, __file__))
+    # The ranks of this node share no folder, so each leads itself.
+    failed_alike(gots, CollectError, "transfer", {2 * node, 2 * node + 1}, str(model.cache(2 * node)))
+    values(local)
+    check_cache(model.cache(2 - 2 * node))
+
+
+def test_a_folder_of_links_that_cannot_be_made_on_one_rank(model: Nodes) -> None:
+    (model.place / "file").write_text("")
+    bad = partial(jobs.stage, "org/model", to=model.place / "file/links")
+    good = partial(jobs.stage, "org/model", to=model.place / "links")
+    gots, after = model.tries(partial(jobs.by_rank, {3: bad}, good), good)
+    failed_alike(gots, CollectError, "agree", {3}, "Not a directory")
+    values(after)
+
+
+def test_a_folder_in_the_way_of_a_link(model: Nodes) -> None:
+    into = model.place / "links"
+    (into / "a.ckpt").mkdir(parents=True)
+    paths = {"a": "org/model/small.ckpt"}
+    gots, after = model.tries(partial(jobs.collect, paths, into), partial(jobs.collect, {"b": paths["a"]}, into))
+    failed_alike(gots, BadRequest, "link", {0}, "a folder is in the way", str(into / "a.ckpt"))
+    assert [path.name for path in into.iterdir() if path.name != "a.ckpt"] == ["b.ckpt"]
+    values(after)
+
+
+def unreadable(place: Path, what: str) -> Path:
+    path = place / "bad.ckpt"
+    if what == "dangling":
+        path.symlink_to("nowhere")
+    elif what == "empty folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "loop":
+        path.symlink_to(path)
+    elif what == "mode 000":
+        path.write_bytes(b"abc")
+        path.chmod(0)
+    elif what == "below a file":
+        path.write_bytes(b"abc")
+        path = path / "w.bin"
+    return path
+
+
+@pytest.mark.parametrize(
+    ("call", "what", "kind", "phase", "ranks", "text"),
+    [
+        (jobs.stage, "missing", SourceNotFound, "resolve", {0}, "no such"),
+        (jobs.stage, "dangling", SourceNotFound, "resolve", {0}, ""),
+        (jobs.stage, "pipe", CollectError, "resolve", {0}, ""),
+        (jobs.stage, "empty folder", BadRequest, "resolve", {0}, "it has no files"),
+        (jobs.stage, "mode 000", CollectError, "link", ALL, "Permission denied"),
+        (jobs.collect, "missing", SourceNotFound, "resolve", {0}, "no such"),
+        (jobs.collect, "dangling", SourceNotFound, "resolve", {0}, "a link that leads nowhere, to nowhere"),
+        (jobs.collect, "loop", CollectError, "resolve", {0}, ""),
+        (jobs.collect, "empty folder", BadRequest, "resolve", {0}, "it has no files"),
+        (jobs.collect, "pipe", BadRequest, "resolve", {0}, "neither a file nor a folder"),
+        (jobs.collect, "below a file", SourceNotFound, "resolve", {0}, "no such"),
+        (jobs.collect, "mode 000", CollectError, "link", ALL, "Permission denied"),
+    ],
+)
+def test_an_unreadable_path(
+    model: Nodes, call: Any, what: str, kind: type[CollectError], phase: str, ranks: set[int], text: str
+) -> None:
+    path = unreadable(model.place, what)
+    wanted = partial(jobs.stage, str(path)) if call is jobs.stage else partial(jobs.collect, {"a": str(path)})
+    gots, after = model.tries(partial(jobs.as_nobody, wanted), partial(jobs.stage, "org/little"))
+    failed_alike(gots, kind, phase, ranks, text, "bad.ckpt")
+    values(after)
+
+
+def test_a_folder_where_a_file_should_be(model: Nodes) -> None:
+    (model.place / "bad.ckpt").mkdir()
+    (model.place / "bad.ckpt/w.bin").write_bytes(b"abc")
+    call = partial(jobs.load, {"model": str(model.place / "bad.ckpt")}, jobs.only_model)
+    gots, after = model.tries(call, partial(jobs.stage, "org/little"))
+    failed_alike(gots, LoadError, "load", ALL, "bad.ckpt", "directory")
+    values(after)

@@ -1,0 +1,164 @@
+"""Files that are whole and yet cannot be loaded, and names that make no sense: the same error on every rank."""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from tests.multiprocess import jobs
+from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, values
+from weightferry.errors import BadRequest, CollectError, LoadError, NoHook, UnsafeFile
+
+ALL = {0, 1, 2, 3}
+WEIGHTS = {
+    "0.weight": torch.ones(16, 8),
+    "0.bias": torch.ones(16),
+    "2.weight": torch.ones(4, 16),
+    "2.bias": torch.ones(4),
+}
+
+
+class RunsCommand:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def saved(obj: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def model(nodes: Nodes) -> Nodes:
+    nodes.hub.add_repo("org/model", {"good.ckpt": saved(WEIGHTS)})
+    return nodes
+
+
+def check_next_call(nodes: Nodes, after: list[jobs.Got]) -> None:
+    expected = {"model": {name: value.tolist() for name, value in WEIGHTS.items()}}
+    assert values(after) == [expected] * 4
+    for rank in (0, 2):
+        check_cache(nodes.cache(rank))
+
+
+GOOD = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(WEIGHTS)[:-700],
+        saved(WEIGHTS)[:300],
+        save(WEIGHTS)[:-10],
+        b"",
+        b"<html>not found</html>",
+    ],
+    ids=["torch", "torch, short", "safetensors", "empty", "html"],
+)
+def test_a_damaged_checkpoint(model: Nodes, content: bytes) -> None:
+    model.hub.add_repo("org/bad", {"model.ckpt": content})
+    gots, after = model.tries(partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model), GOOD)
+    failed_alike(gots, LoadError, "load", ALL, "model.ckpt")
+    check_next_call(model, after)
+
+
+def test_a_pickle_that_wants_to_run_a_command(model: Nodes) -> None:
+    marker = model.place / "marker"
+    model.hub.add_repo("org/bad", {"model.ckpt": saved({"0.weight": RunsCommand(marker)})})
+    gots, after = model.tries(
+        partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model, model.place / "links"), GOOD
+    )
+    failed_alike(gots, UnsafeFile, "load", ALL, "is refused, and nothing of it was run", "system")
+    assert not marker.exists()
+    check_next_call(model, after)
+
+
+def test_weights_of_another_shape_on_one_rank(model: Nodes) -> None:
+    other = {**WEIGHTS, "2.bias": torch.ones(5)}
+    model.hub.add_repo("org/bad", {"model.ckpt": saved(other)})
+    bad = partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model)
+    gots, after = model.tries(partial(jobs.by_rank, {2: bad}, GOOD), GOOD)
+    failed_alike(gots, LoadError, "load", {2}, "2.bias")
+    check_next_call(model, after)
+
+
+@pytest.mark.parametrize(("make", "ranks"), [(jobs.no_hook, ALL), (jobs.no_hook_on_rank_1, {1})])
+def test_an_object_that_nobody_can_load(model: Nodes, make: Any, ranks: set[int]) -> None:
+    gots, after = model.tries(partial(jobs.load, {"model": "org/model/good.ckpt"}, make), GOOD)
+    failed_alike(gots, NoHook, "load", ranks, "an object of type builtins.object", "custom_hooks=", "mark_as_transfer")
+    check_next_call(model, after)
+
+
+@pytest.mark.parametrize("names", [("model", "./model"), ("model", "MODEL"), ("a//model", "a/model")])
+def test_two_names_for_one_link(model: Nodes, names: tuple[str, str]) -> None:
+    into = model.place / "links"
+    call = partial(jobs.collect, dict.fromkeys(names, "org/model/good.ckpt"), into)
+    gots, after = model.tries(call, GOOD)
+    failed_alike(gots, BadRequest, "agree", ALL, *map(repr, names), "would share the link")
+    assert not into.exists()
+    check_next_call(model, after)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_two_names_for_one_link_on_one_rank(model: Nodes, rank: int) -> None:
+    bad = partial(jobs.collect, dict.fromkeys(("model", "./model"), "org/model/good.ckpt"), model.place / "links")
+    gots, after = model.tries(partial(jobs.by_rank, {rank: bad}, GOOD), GOOD)
+    # The others' second call, to load, never comes: the first one has failed for them.
+    failed_alike(gots, BadRequest, "agree", {rank}, "would share the link")
+    check_next_call(model, after)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a/../../x", ".."])
+def test_a_name_whose_link_climbs_out(model: Nodes, name: str) -> None:
+    into = model.place / "a/b/links"
+    gots, after = model.tries(partial(jobs.collect, {name: "org/model/good.ckpt"}, into), GOOD)
+    if name == "..":  # "...ckpt" is a name like any other
+        assert [list(found) for found in values(gots)] == [[".."]] * 4
+    else:
+        failed_alike(gots, BadRequest, "agree", ALL, "climbs out")
+        assert not list(model.place.rglob("x.ckpt"))
+    check_next_call(model, after)
+
+
+def test_no_path_and_no_default_source(model: Nodes) -> None:
+    gots, after = model.tries(partial(jobs.collect, {"model": None}), GOOD)
+    failed_alike(gots, BadRequest, "agree", ALL, "'model' has no path, and there is no default source")
+    check_next_call(model, after)
+
+
+def test_a_hook_that_raises_what_cannot_be_pickled(model: Nodes) -> None:
+    gots, after = model.tries(raises_the_unpicklable, GOOD)
+    failed_alike(gots, LoadError, "load", {1}, "Unpicklable: no way")
+    check_next_call(model, after)
+
+
+class Unpicklable(Exception):
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("cannot be pickled")
+
+
+def raises_the_unpicklable() -> None:
+    import weightferry
+
+    def hook(*_: object) -> None:
+        if jobs.rank() == 1:
+            raise Unpicklable("no way")
+
+    pretrainer = weightferry.Pretrainer(None, {"model": object()}, {"model": "org/model/good.ckpt"}, {"model": hook})
+    pretrainer.collect_files()
+    try:
+        pretrainer.load_collected()
+    except CollectError as error:
+        error.__cause__ = None
+        raise

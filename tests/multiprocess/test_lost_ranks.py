@@ -1,0 +1,154 @@
+"""Ranks that are killed or stopped: the others say who, and nobody hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from tests.multiprocess import jobs
+from tests.multiprocess.nodes import HOST, Nodes, check_cache, sha256s
+from weightferry.errors import LeaderLost
+from weightferry.testing.hub import Fault
+from weightferry.testing.ranks import RankOutcome
+
+WEIGHTS = os.urandom(2_000_000)
+BEAT_TIMEOUT = 4.0  # seconds; one look-up of a peer's name by torch (see nodes.py) must fit
+ROOM = 10.0  # for a machine that is busy with other tests
+
+
+@pytest.fixture
+def slow(nodes: Nodes) -> Nodes:
+    """A transfer that takes 200 s."""
+    nodes.hub.add_repo("org/model", {"w.bin": WEIGHTS})
+    nodes.hub.faults.add(Fault(path_suffix="w.bin", bytes_per_second=10_000, times=None))
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
+    return nodes
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.05)
+
+
+def both_read(nodes: Nodes) -> bool:
+    return sum(request.file_bytes > 0 for request in nodes.hub.requests) == 2
+
+
+def lose(nodes: Nodes, rank: int) -> tuple[list[RankOutcome], float]:
+    """Kill one rank in the middle of the transfer; the outcomes by rank, and seconds until the last of them."""
+    with nodes.start(partial(jobs.stage, "org/model")) as ranks:
+        wait_for(partial(both_read, nodes))
+        ranks.signal(rank, signal.SIGKILL)
+        began = time.monotonic()
+        outcomes = ranks.outcomes(100.0)
+    assert outcomes[rank].exitcode == -signal.SIGKILL
+    return outcomes[:rank] + outcomes[rank + 1 :], time.monotonic() - began
+
+
+def check_nothing_half_done(nodes: Nodes) -> None:
+    for rank in (0, 2):
+        assert not list(nodes.cache(rank).glob("hub/*/blobs/*"))
+        assert not list(nodes.cache(rank).glob("hub/*/snapshots/*/*"))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 1], ids=["leader", "its follower", "follower of rank 0"])
+def test_a_rank_is_killed_during_the_transfer(slow: Nodes, rank: int) -> None:
+    survivors, seconds = lose(slow, rank)
+    assert seconds < BEAT_TIMEOUT + ROOM
+    for outcome in survivors:
+        assert type(outcome.error) is LeaderLost, outcome
+        assert {(f.rank, f.host, f.phase) for f in outcome.error.failures.values()} == {(rank, HOST, "transfer")}
+    assert len({str(outcome.error) for outcome in survivors}) == 1
+    assert f"failed in transfer on {HOST} (rank {rank}" in str(survivors[0].error)
+    check_nothing_half_done(slow)
+
+
+def test_rank_0_is_killed_and_takes_the_store_with_it(slow: Nodes) -> None:
+    survivors, seconds = lose(slow, 0)
+    assert seconds < BEAT_TIMEOUT + ROOM
+    assert [type(outcome.error) for outcome in survivors] == [LeaderLost] * 3
+    check_nothing_half_done(slow)
+
+
+def test_the_next_job_takes_over_from_a_killed_leader(slow: Nodes) -> None:
+    lose(slow, 2)
+    slow.hub.faults.clear()
+    seen = slow.run(jobs.stage, "org/model")
+    assert [files for _, files in seen] == [sha256s({"w.bin": WEIGHTS})] * 4
+    for rank in (0, 2):
+        for partial_data in (slow.cache(rank) / "partial").iterdir():
+            partial_data.unlink()  # of the killed; `partial_ttl` decides when it goes by itself
+        check_cache(slow.cache(rank))
+
+
+def test_a_rank_that_leaves_before_it_calls(nodes: Nodes) -> None:
+    nodes.variables["WEIGHTFERRY_AGREE_TIMEOUT"] = "3"
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
+    call = partial(jobs.stage, __file__)
+    (gots,) = nodes.tries(partial(jobs.by_rank, {3: partial(time.sleep, 6)}, call))
+    for got in gots[:3]:
+        assert type(got.error) is LeaderLost
+        assert set(got.error.failures) == {3}
+        assert "failed in agree on " in str(got.error)
+        assert "did not call within" in str(got.error)
+        assert got.seconds < 3 + BEAT_TIMEOUT + ROOM
+
+
+def test_rank_0_never_calls(nodes: Nodes) -> None:
+    nodes.variables["WEIGHTFERRY_AGREE_TIMEOUT"] = "3"
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": "2"}
+    call = partial(jobs.stage, __file__)
+    (gots,) = nodes.tries(partial(jobs.by_rank, {0: partial(time.sleep, 8)}, call))
+    for got in gots[1:]:
+        assert type(got.error) is LeaderLost
+        assert set(got.error.failures) == {0}
+        assert got.seconds < 5 + ROOM
+
+
+def test_a_rank_that_ends_inside_the_call(nodes: Nodes) -> None:
+    """Its process goes on; only this call was interrupted, as by Ctrl-C."""
+    gots, after = nodes.tries(interrupted_on_rank_1, partial(jobs.stage, __file__))
+    assert gots[1].value == "interrupted"
+    for got in (gots[0], gots[2], gots[3]):
+        assert got.error is not None
+        assert set(getattr(got.error, "failures", ())) == {1}
+        assert "KeyboardInterrupt" in str(got.error)
+    assert [got.error for got in after] == [None] * 4
+
+
+def interrupted_on_rank_1() -> object:
+    import weightferry
+
+    def condition() -> bool:
+        if jobs.rank() == 1:
+            raise KeyboardInterrupt
+        return True
+
+    pretrainer = weightferry.Pretrainer(None, {"x": None}, {"x": __file__}, conditions={"x": condition})
+    try:
+        return pretrainer.collect_files()
+    except KeyboardInterrupt:
+        return "interrupted"
+
+
+def test_a_rank_that_is_late_to_load_is_waited_for(nodes: Nodes) -> None:
+    """Building a big module takes its time, and differs from rank to rank."""
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.2", "WEIGHTFERRY_BEAT_TIMEOUT": "2"}
+    (gots,) = nodes.tries(late_on_rank_3)
+    assert [got.error for got in gots] == [None] * 4
+
+
+def late_on_rank_3() -> None:
+    import weightferry
+
+    pretrainer = weightferry.Pretrainer(None, {"x": object()}, {"x": __file__}, {"x": lambda *_: None})
+    pretrainer.collect_files()
+    time.sleep(4 if jobs.rank() == 3 else 0)
+    pretrainer.load_collected()
