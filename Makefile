@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test test-cluster check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 tests/unit tests/contract tests/multiprocess
+
+# On a real Slurm cluster of this machine's own (slurm/testbed): as root, on Debian; about five minutes.
+test-cluster: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 tests/cluster
 
 check: lint types test
 

@@ -109,6 +109,65 @@ def _tell(error: CollectError, rank: int) -> None:
         click.echo(f"weightferry: rank {rank} stops: {text.splitlines()[0][:160]}", err=True)
 
 
+@main.command(context_settings={"allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--nodes", default=1, show_default=True, help="How many nodes.")
+@click.option("--tasks-per-node", default=1, show_default=True, help="Ranks on each; 1 for a torchrun.")
+@click.option("--stage", "sources", metavar="SOURCE", multiple=True, help="Stage this first; may be repeated.")
+@click.option("--cluster", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("weightferry-jobs"), show_default=True)
+@click.option("--timeout-min", default=60, show_default=True, help="Minutes until the job is ended and requeued.")
+@click.option("--requeue/--no-requeue", default=True, show_default=True, help="On time-out or preemption.")
+@click.option("--partition", metavar="P", help="Of Slurm; as are the next four.")
+@click.option("--account", metavar="A")
+@click.option("--qos", metavar="Q")
+@click.option("--gpus-per-node", type=int, metavar="N")
+@click.option("--cpus-per-task", type=int, metavar="N")
+@click.option("--wait", is_flag=True, help="Follow the output, and exit with the command's code.")
+def submit(
+    command: tuple[str, ...],
+    nodes: int,
+    tasks_per_node: int,
+    sources: tuple[str, ...],
+    cluster: str,
+    folder: Path,
+    timeout_min: int,
+    requeue: bool,
+    wait: bool,
+    **slurm: str | int | None,
+) -> None:
+    """Run COMMAND on every task of a job: weightferry submit --nodes 2 -- python train.py.
+
+    Every task has the variables of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...). A torchrun command runs once a node
+    and is told where to meet.
+    """
+    from weightferry.launch import submit_command
+    from weightferry.launch.follow import follow
+
+    options = {f"slurm_{name}": value for name, value in slurm.items() if value is not None}
+    try:
+        job = submit_command(
+            command,
+            nodes=nodes,
+            tasks_per_node=tasks_per_node,
+            cluster=cluster,
+            folder=folder,
+            timeout_min=timeout_min,
+            stage=sources,
+            requeue=requeue,
+            **options,
+        )
+    except (CollectError, RuntimeError, OSError) as error:
+        # submitit says with a RuntimeError that there is no Slurm here, or what sbatch answered.
+        click.echo(f"weightferry: not submitted: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"job {job.job_id}")
+    for number in range(job.num_tasks):
+        click.echo(f"{job.task(number).paths.stdout}  {job.task(number).paths.stderr}")
+    if wait:
+        sys.exit(follow(job, click.echo))
+
+
 @main.command()
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Keep the nodes' caches here.")
 def demo(folder: Path | None) -> None:

@@ -214,12 +214,13 @@ _KINDS: dict[str, type[CollectError]] = {
 
 
 def from_failures(failures: dict[int, Failure]) -> CollectError:
-    """Make the error that every rank raises, of the class of the first failure.
+    """Make the error that every rank raises, of the class of the failure that explains the others.
 
-    The first line of its text names phase, host, rank, file and cause; the other ranks that failed follow, one line
-    each; their tracebacks stay in `failures`.
+    That is a rank that died, else the one that comes first in `failures`: rank 0 keeps them in the order in which they
+    arrived. The first line of the text names its phase, host, rank, file and cause; the other ranks that failed follow,
+    one line each; their tracebacks stay in `failures`.
     """
-    first, *others = (failures[rank] for rank in sorted(failures))
+    first, *others = sorted(failures.values(), key=lambda failure: failure.kind != LeaderLost.__name__)
     kind = _KINDS.get(first.kind, CollectError)
     lines = [f"failed in {first}"]
     same = [other for other in others if (other.kind, other.message) == (first.kind, first.message)]

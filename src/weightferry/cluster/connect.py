@@ -185,7 +185,10 @@ def _first_node(nodes: str) -> str:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """Choose a port that all ranks of one job step, and hardly any other, choose too; below the ephemeral ports."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-    job = "/".join(environ.get(name, "") for name in names)
+    return port_for("/".join(environ.get(name, "") for name in names))
+
+
+def port_for(job: str) -> int:
+    """Choose a port that all ranks of one job, and hardly those of any other, choose too; below the ephemeral ports."""
     return 20000 + zlib.crc32(job.encode()) % 10000

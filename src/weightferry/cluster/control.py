@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from weightferry.errors import Failure, cause_to_show, from_failures
+from weightferry.errors import CollectError, Failure, cause_to_show, from_failures
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -103,6 +103,12 @@ class Control(ABC):
     def moved(self, count: int) -> None:
         """Note that `count` bytes of a transfer moved."""
 
+    def all_told(self, seconds: float) -> None:
+        """Wait until every rank knows of a failure, or is done, at most `seconds`.
+
+        For ranks whose end makes a launcher end the others.
+        """
+
     def close(self) -> None:
         """End the operation on this rank."""
 
@@ -171,6 +177,11 @@ class Verdict:
 
     def get(self, cause: BaseException | None) -> Any:
         """Return the value, or raise the failures; `cause` is this rank's own exception, if any."""
-        if self.failures:
-            raise from_failures(dict(self.failures)) from cause_to_show(cause)
+        error = self.error()
+        if error is not None:
+            raise error from cause_to_show(cause)
         return self.value
+
+    def error(self) -> CollectError | None:
+        """Make the error that every rank raises, if there is one."""
+        return from_failures(dict(self.failures)) if self.failures else None

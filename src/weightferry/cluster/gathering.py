@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds to wait for more failures after the first, so that the error says all that failed, not just what failed first.
 _GRACE = 0.5
+# Seconds between two looks at the beats once something has failed.
+_LOOK_AT_BEATS = 0.25
 # Seconds between two looks for outcomes: short at first, since most rounds take a millisecond.
 _SHORTEST_LOOK, _LONGEST_LOOK = 0.0005, 0.05
 _SAY_MISSING_EVERY = 60.0
@@ -94,11 +96,18 @@ class Gathering:
         return Verdict(outcome.value, {0: outcome.failure} if outcome.failure else None)
 
     def _gather(self) -> dict[int, Failure]:
-        """Wait for all outcomes; a failure or a death ends the wait after a moment of grace."""
+        """Wait for all outcomes, or after a failure until it is known what has become of the others.
+
+        A rank that is killed makes its peers fail over closed connections, and they say so first: the wait goes on
+        until each missing rank has given another sign of life, or counts as dead.
+        """
         began = said = time.monotonic()
         ends_at, look, judge_at = float("inf"), _SHORTEST_LOOK, began + self._settings.beat_interval
         failures: dict[int, Failure] = {}
-        while self._missing and time.monotonic() < ends_at and not self._given_up.wait(look):
+        unproven: dict[int, bytes] = {}
+        while self._missing and not self._given_up.wait(look):
+            if time.monotonic() > ends_at and not unproven.keys() - failures.keys() & self._missing:
+                break
             arrived = self._arrivals()
             look = _SHORTEST_LOOK if arrived else min(2 * look, _LONGEST_LOOK)
             failures |= {outcome.rank: outcome.failure for outcome in arrived if outcome.failure}
@@ -106,8 +115,13 @@ class Gathering:
             if now > judge_at:
                 failures = self._dead(now - began) | failures  # what a rank said itself is more precise
                 judge_at = now + self._settings.beat_interval
-            if failures:
-                ends_at = min(ends_at, now + _GRACE)
+            if failures and ends_at == float("inf"):
+                ends_at = now + _GRACE
+                unproven = self._beats()
+            elif failures:
+                look = _LOOK_AT_BEATS
+                beats = self._beats()
+                unproven = {rank: count for rank, count in unproven.items() if beats.get(rank) == count}
             if now - said > _SAY_MISSING_EVERY and (absent := self._missing - self._hosts.keys()):
                 said = now
                 logger.warning("still missing after %.0f s: ranks %s", now - began, ranges(list(absent)))
@@ -131,10 +145,9 @@ class Gathering:
 
         All that have called are looked at, also those that only wait in this round: it may last for hours.
         """
-        here = self._with_a_beat()
-        beats = dict(zip(here, self._store.multi_get(list(here.values())), strict=True)) if here else {}
+        beats = self._beats()
         told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for {self._settings.beat_timeout:.0f} s")
-        for rank in self._watched - here.keys():
+        for rank in self._watched - beats.keys():
             if rank in self._hosts:
                 told[rank] = "left in the middle of the operation"
             elif waited > self._settings.agree_timeout:
@@ -147,6 +160,11 @@ class Gathering:
     @property
     def _watched(self) -> set[int]:
         return self._missing | self._hosts.keys()
+
+    def _beats(self) -> dict[int, bytes]:
+        """Read the count of beats of every rank that is watched and has one."""
+        here = self._with_a_beat()
+        return dict(zip(here, self._store.multi_get(list(here.values())), strict=True)) if here else {}
 
     def _with_a_beat(self) -> dict[int, str]:
         # multi_get waits for keys that are not there: who has none is sorted out first, in one request when all have.

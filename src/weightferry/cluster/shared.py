@@ -50,7 +50,8 @@ class Shared(Control):
         super().__init__(rank, world_size, topology.host, f"{topology.host}/{topology.node_rank}")
         self._settings = settings
         self._rounds: list[str] = []
-        self._pointless = ""  # the round that failed elsewhere while this rank still works for it
+        self._pointless = ""  # the round that failed elsewhere while this rank still works for it, and how
+        self._why = ""
         self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no verdict will come
         self._over = threading.Event()
         with self._alive("agree"):
@@ -63,7 +64,7 @@ class Shared(Control):
     def check(self) -> None:
         """See `Control.check`."""
         if self._cut_off.is_set() or (self._rounds and self._pointless == self._rounds[-1]):
-            raise Aborted("the operation has failed on another rank")
+            raise Aborted(self._why or "the ranks of this operation have lost each other")
 
     def _round(
         self,
@@ -112,7 +113,8 @@ class Shared(Control):
                 if self._bell:
                     self._bell.ring()
                 if self._rounds and side.check([f"verdict/{(name := self._rounds[-1])}"]):
-                    self._pointless = name
+                    verdict: Verdict = pickle.loads(side.get(f"verdict/{name}"))  # noqa: S301 -- by rank 0 of this job
+                    self._why, self._pointless = str(verdict.error() or ""), name
                 if (ticks := side.add("ticks", 0)) != heard[0]:
                     heard = (ticks, time.monotonic())
                 elif ticks and time.monotonic() - heard[1] > self._settings.beat_timeout:
@@ -161,6 +163,15 @@ class Shared(Control):
         finally:
             thread.join()
 
+    def all_told(self, seconds: float) -> None:
+        """See `Control.all_told`."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(dist.DistError):
+            told = self._store.add("told", 1)
+            while told < self.world_size and time.monotonic() < until:
+                time.sleep(0.1)
+                told = self._store.add("told", 0)
+
     def close(self) -> None:
         """See `Control.close`; the last rank to leave removes what is left in the store."""
         self._over.set()
@@ -168,5 +179,5 @@ class Shared(Control):
         with contextlib.suppress(dist.DistError):
             self._store.delete_key(f"beat/{self.rank}")
             if self._store.add("left", 1) == self.world_size:
-                for key in (*(f"verdict/{name}" for name in self._rounds), *Bell.keys(self._store), "left"):
+                for key in (*(f"verdict/{name}" for name in self._rounds), *Bell.keys(self._store), "told", "left"):
                     self._store.delete_key(key)

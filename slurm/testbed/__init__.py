@@ -1,0 +1,9 @@
+"""A real Slurm cluster on one machine: slurmctld, slurmd nodes, an origin, each on a host of its own."""
+
+from .cluster import Testbed
+from .errors import TestbedError
+from .origin import Origin
+from .packages import ensure_packages
+from .spec import Spec
+
+__all__ = ["Origin", "Spec", "Testbed", "TestbedError", "ensure_packages"]

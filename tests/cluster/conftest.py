@@ -1,0 +1,67 @@
+"""The cluster for the tests of this folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.testbed import Spec, Testbed
+from slurm.testbed.packages import obstacle
+from tests.cluster.origin import CDN_PORT, PORT, REPO, SIZES, Served
+from tests.conftest import need
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.cluster)
+            # With xdist's --dist loadgroup one worker runs them all, on one cluster. Otherwise each worker that gets
+            # some brings up its own, which is as right and costs two seconds; so too with pytest 9.2 and xdist 3.8.0,
+            # where the mark has no effect.
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.fixture(scope="session")
+def cluster_allowed() -> None:
+    """Skip where no cluster can be brought up; in CI that is a failure, or nobody would notice."""
+    reason = obstacle()
+    need(not reason, reason)
+
+
+@pytest.fixture(scope="session")
+def testbed(cluster_allowed: None) -> Iterator[Testbed]:
+    """Four nodes at 2 Gbit/s and an origin at 500 Mbit/s, for all tests that leave them as they were."""
+    with Testbed(Spec(nodes=4, node_mbit=2000, origin_mbit=500)) as testbed:
+        yield testbed
+
+
+@pytest.fixture
+def outside(testbed: Testbed, monkeypatch: pytest.MonkeyPatch) -> Testbed:
+    """The same, with this process's sbatch, srun, squeue... those of the testbed: submitit works in the test itself."""
+    monkeypatch.setenv("PATH", f"{testbed.clients}{os.pathsep}{os.environ['PATH']}")
+    return testbed
+
+
+@pytest.fixture(scope="session")
+def hub(testbed: Testbed) -> Served:
+    """A Hub inside the testbed, with one repository of three files."""
+    root = testbed.shared / "hub"
+    sha256 = {}
+    for path, size in SIZES.items():
+        content = random.Random(path).randbytes(size)
+        file = root / REPO / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        sha256[path] = hashlib.sha256(content).hexdigest()
+    command = [sys.executable, "-m", "weightferry.testing.hub", str(root), "--host", "0.0.0.0"]
+    command += ["--port", str(PORT), "--cdn-port", str(CDN_PORT)]
+    return Served(testbed, testbed.start_origin(command, PORT).url, sha256)

@@ -1,0 +1,115 @@
+"""`weightferry.launch` on real Slurm: ranks, groups, staged sources, failures that name who and where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm.testbed import Testbed
+from tests.cluster import jobs
+from tests.cluster.origin import REPO, SIZES, Served
+from weightferry import launch
+from weightferry.errors import BadRequest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def environment(hub: Served, outside: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user has set before submitting; jobs inherit it."""
+    for name, value in hub.environ.items():
+        monkeypatch.setenv(name, value)
+    # Tasks import the jobs of this folder by name.
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'src'}")
+    monkeypatch.setenv("WEIGHTFERRY_CACHE_DIR", str(outside.local / "cache-launch"))
+    monkeypatch.setenv("WEIGHTFERRY_BEAT_INTERVAL", "0.5")
+    monkeypatch.setenv("WEIGHTFERRY_BEAT_TIMEOUT", "4")
+    # A login node has no place in a job of its own.
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+
+
+def test_a_function_on_every_rank_with_its_sources(hub: Served, testbed: Testbed) -> None:
+    before = hub.content_bytes()
+    job = launch.submit(
+        jobs.add_up, nodes=4, tasks_per_node=2, folder=testbed.shared / "jobs", timeout_min=5, stage=[REPO]
+    )
+    assert job.results() == [(rank, 8.0, f"node{rank // 2 + 1}") for rank in range(8)]
+    assert hub.content_bytes() - before == 4 * sum(SIZES.values())
+
+
+@pytest.mark.parametrize("others_sleep", [False, True])
+def test_a_rank_that_raises_is_named_on_all(testbed: Testbed, others_sleep: bool) -> None:
+    job = launch.submit(
+        jobs.raise_on,
+        3,
+        others_sleep=others_sleep,
+        nodes=2,
+        tasks_per_node=2,
+        folder=testbed.shared / "jobs",
+        timeout_min=5,
+    )
+    said = str(job.exception())
+    assert "planted on purpose" in said
+    if not others_sleep:
+        assert "failed in run on node2 (rank 3): ValueError: planted on purpose" in said
+
+
+def test_killed_tasks_name_their_node(testbed: Testbed, tmp_path: Path) -> None:
+    ready = testbed.shared / "ready"
+    job = launch.submit(
+        jobs.wait_for_ever,
+        str(ready),
+        nodes=2,
+        tasks_per_node=1,
+        folder=testbed.shared / "jobs",
+        timeout_min=5,
+    )
+    until = time.monotonic() + 60
+    while not all(Path(f"{ready}-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < until, job.stderr()
+        time.sleep(0.2)
+    # The pid is the task's own, in the pid namespace of its node.
+    pid = Path(f"{ready}-1").read_text()
+    testbed.run(["kill", f"-{signal.SIGKILL.value}", pid], "node2")
+    assert "node2" in str(job.exception())
+
+
+def test_a_torchrun_a_node_meets_by_itself(hub: Served, testbed: Testbed) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+    command += [sys.executable, "-m", "weightferry.cli", "stage", REPO]
+    job = launch.submit_command(command, nodes=2, folder=testbed.shared / "jobs", timeout_min=5)
+    assert job.exception() is None, job.stderr()
+    assert "for 4 ranks on 2 nodes" in str(job.stdout())
+
+
+def test_torchrun_and_tasks_are_not_mixed() -> None:
+    with pytest.raises(BadRequest, match="one task a node"):
+        launch.submit_command(["torchrun", "train.py"], nodes=2, tasks_per_node=4)
+
+
+def submit(testbed: Testbed, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weightferry.cli", "submit", "--folder", str(testbed.shared / "jobs")]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=110, check=False)
+
+
+def test_submit_follows_and_returns_the_code(testbed: Testbed) -> None:
+    script = "import os, sys; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE']); sys.exit(0)"
+    done = submit(
+        testbed, "--nodes", "2", "--tasks-per-node", "2", "--stage", REPO, "--wait", "--", sys.executable, "-c", script
+    )
+    assert done.returncode == 0, done.stdout
+    assert {f"[{rank}] rank {rank} of 4" for rank in range(4)} <= set(done.stdout.splitlines())
+
+
+def test_submit_says_why_a_command_failed(testbed: Testbed) -> None:
+    done = submit(testbed, "--nodes", "2", "--wait", "--", "sh", "-c", "echo the reason >&2; exit 7")
+    assert done.returncode == 7
+    assert "the reason" in done.stdout
+    assert "sh: exit code 7" in done.stdout

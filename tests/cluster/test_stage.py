@@ -1,0 +1,92 @@
+"""The command and the launchers on four nodes: right files on all of them, one leader a storage domain."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.testbed import Testbed
+from tests.cluster.origin import REPO, SIZES, Served
+
+REPOSITORY = Path(__file__).parents[2]
+SIZE = sum(SIZES.values())
+
+
+def check_every_node(hub: Served, cache: Path) -> None:
+    """Hash the files on every node, by the path that each of them would use."""
+    for node in hub.testbed.nodes:
+        for path, digest in hub.sha256.items():
+            command = f"sha256sum {cache}/hub/models--org--model/snapshots/*/{path}"
+            said = hub.testbed.run(["sh", "-c", command], node).stdout
+            assert said.split()[0] == digest, f"{path} on {node}"
+
+
+def test_node_local_caches_have_a_leader_each(hub: Served, testbed: Testbed) -> None:
+    cache = testbed.local / "cache-srun"
+    report = hub.stage("--cache-dir", cache)
+    assert [domain["host"] for domain in report["domains"]] == list(testbed.nodes)
+    assert [domain["ranks"] for domain in report["domains"]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert {domain["origin_bytes"] for domain in report["domains"]} == {SIZE}
+    assert report["nodes"] == 4
+    check_every_node(hub, cache)
+    again = hub.stage("--cache-dir", cache)
+    assert again["total"]["origin_bytes"] == 0
+
+
+def test_a_shared_cache_has_one_leader_in_all(hub: Served, testbed: Testbed) -> None:
+    cache = testbed.shared / "cache-shared"
+    report = hub.stage("--cache-dir", cache)
+    assert [domain["leader_rank"] for domain in report["domains"]] == [0]
+    assert report["total"]["origin_bytes"] == SIZE
+    check_every_node(hub, cache)
+
+
+def test_torchrun_under_sbatch(hub: Served, testbed: Testbed, tmp_path: Path) -> None:
+    """`train_torchrun.sbatch` as a user runs it: stage on every node, then one torchrun agent a node."""
+    cache = testbed.local / "cache-sbatch"
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import weightferry, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        f"folder = weightferry.stage({REPO!r})\n"
+        "print('rank', dist.get_rank(), 'of', dist.get_world_size(), 'has', (folder / 'config.json').stat().st_size)\n"
+        "dist.destroy_process_group()\n"
+    )
+    log = testbed.shared / "sbatch.log"
+    before = hub.content_bytes()
+    environ = hub.environ | {
+        "WEIGHTFERRY_CACHE_DIR": str(cache),
+        "RANKS_PER_NODE": "2",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = ["sbatch", "--wait", "--nodes=2", f"--output={log}", str(REPOSITORY / "slurm/train_torchrun.sbatch")]
+    testbed.run([*command, REPO, str(script)], env=environ, timeout=110, check=False)
+    said = log.read_text()
+    assert {f"rank {rank} of 4 has 40" for rank in range(4)} <= set(said.splitlines()), said
+    assert hub.content_bytes() - before == 2 * SIZE
+
+
+def test_stage_sbatch_hands_over(hub: Served, testbed: Testbed) -> None:
+    log = testbed.shared / "stage.log"
+    environ = hub.environ | {
+        "WEIGHTFERRY_CACHE_DIR": str(testbed.local / "cache-hand-over"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = ["sbatch", "--wait", "--nodes=2", f"--output={log}", str(REPOSITORY / "slurm/stage.sbatch"), REPO]
+    testbed.run([*command, "srun", "sh", "-c", "echo handed over to $(hostname)"], env=environ, timeout=90)
+    said = log.read_text()
+    assert "staged 3 files" in said
+    assert "handed over to node1" in said
+
+
+@pytest.mark.parametrize("source", ["org/nothing", f"{REPO}/no/such.file"])
+def test_a_failure_is_said_once_and_ends_the_step(hub: Served, testbed: Testbed, source: str) -> None:
+    command = ["srun", "-N4", "--ntasks-per-node=2", sys.executable, "-m", "weightferry.cli", "stage", source]
+    done = testbed.run(command, env=hub.environ, check=False, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.count("weightferry: SourceNotFound: resolve on node1 (rank 0)") == 1
+    assert "Traceback" not in done.stderr
