@@ -7,15 +7,24 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weightferry._version import __version__
-from weightferry.errors import CollectError
+from weightferry.errors import BadRequest, CollectError
 
 if TYPE_CHECKING:
     from weightferry.report.run import RunReport
+
+
+class _Named(click.Path):
+    """A path that has a name: ``--to "$UNSET"`` would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("may not be empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,11 +43,11 @@ def main(verbose: int) -> None:
 @main.command()
 @click.argument("source")
 @click.option("--revision", metavar="R", help="Branch, tag or commit, for the Hub.")
-@click.option("--cache-dir", metavar="D", type=click.Path(path_type=Path), help="The cache folder of this node.")
-@click.option("--to", metavar="DIR", type=click.Path(path_type=Path), help="Link the files here under their own paths.")
+@click.option("--cache-dir", metavar="D", type=_Named(path_type=Path), help="The cache folder of this node.")
+@click.option("--to", metavar="DIR", type=_Named(path_type=Path), help="Link the files here under their own paths.")
 @click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
-@click.option("--report", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON report.")
+@click.option("--report", metavar="FILE", type=_Named(path_type=Path, dir_okay=False), help="Write a JSON report.")
 def stage(
     source: str,
     revision: str | None,
@@ -64,6 +73,8 @@ def stage(
     from weightferry.staging import collect
 
     def wish() -> Wish:
+        if report is not None and not report.absolute().parent.is_dir():
+            raise BadRequest("there is no such folder for the report", subject=str(report.parent))
         ask = Ask.of(source, revision=revision, allow=include, ignore=exclude)
         return Wish({"": ask}, into=to and to.expanduser().absolute())
 

@@ -176,10 +176,6 @@ class LeaderLost(CollectError):
     """A rank that others wait for no longer gives a sign of life."""
 
 
-class Stalled(CollectError):
-    """A transfer stands still."""
-
-
 class LoadError(CollectError):
     """A file is whole, yet its content could not be loaded: damaged, unsafe, of another shape."""
 
@@ -205,7 +201,6 @@ _KINDS: dict[str, type[CollectError]] = {
         SourceChanged,
         IntegrityError,
         LeaderLost,
-        Stalled,
         LoadError,
         UnsafeFile,
         NoHook,

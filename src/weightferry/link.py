@@ -11,7 +11,7 @@ from pathlib import Path
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point
 from weightferry.cluster.agree import Wish
-from weightferry.errors import CollectError, SourceNotFound, at
+from weightferry.errors import BadRequest, CollectError, SourceNotFound, at
 from weightferry.manifest import File
 from weightferry.origins.resolve import Found, Resolved, files_of
 
@@ -30,12 +30,16 @@ class Shown:
         Link to target.
     found : mapping of str to Found
         By name: which files of the manifest these are.
+    replaces_files : bool
+        Whether a link takes the place of another file: one named ``NAME.ckpt`` in `collect_in` is ours to make, the
+        files of a folder that somebody named are not.
     """
 
     paths: Mapping[str, Path]
     targets: Mapping[str, Path]
     links: Mapping[Path, Path]
     found: Mapping[str, Found]
+    replaces_files: bool
 
     @classmethod
     def of(cls, wish: Wish, resolved: Resolved, layout: CacheLayout) -> Shown:
@@ -54,15 +58,18 @@ class Shown:
                 above = what.path.rpartition("/")[0] if single else what.path
                 paths[name] = wish.into / what.path.rpartition("/")[2] if single else wish.into
                 links |= {wish.into / os.path.relpath(file, above or "."): folder / file for file in what.files}
-        return cls(paths, targets, links, found)
+        return cls(paths, targets, links, found, replaces_files=wish.suffix is not None)
 
 
 def make_links(shown: Shown) -> None:
     """Make the links of one folder, each atomically and only where it differs."""
     for link, target in shown.links.items():
         with at(subject=str(link)):
-            if not _is_already(link, target):
-                point(link, target)
+            if _is_already(link, target):
+                continue
+            if not shown.replaces_files and link.exists() and not link.is_symlink():
+                raise BadRequest("another file is in the way of the link, and it is not replaced", subject=str(link))
+            point(link, target)
 
 
 def _is_already(link: Path, target: Path) -> bool:

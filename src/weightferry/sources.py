@@ -75,6 +75,8 @@ class Ask:
         text = str(source)
         if not text or "\0" in text + filename:
             raise BadRequest(f"not a source: {text + filename!r}")
+        if revision == "":
+            raise BadRequest("the revision is empty; leave it out for the default branch", subject=text)
         return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore))
 
     def __str__(self) -> str:

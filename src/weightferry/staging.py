@@ -13,7 +13,7 @@ from weightferry.cache.survey import Survey, survey
 from weightferry.cluster.agree import Agreed, Introduction, Wish, agree
 from weightferry.cluster.connect import operation
 from weightferry.cluster.control import Control
-from weightferry.errors import at
+from weightferry.errors import BadRequest, at
 from weightferry.link import Shown, check_readable, make_links
 from weightferry.manifest import Manifest
 from weightferry.origins.resolve import Resolved, resolve
@@ -88,6 +88,8 @@ def stage(
 
 
 def _absolute(path: str | Path | None) -> Path | None:
+    if path == "":
+        raise BadRequest("the folder for links has an empty name")
     return None if path is None else Path(path).expanduser().absolute()
 
 
@@ -112,7 +114,7 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name
     """
     began = time.monotonic()
     layout = CacheLayout(settings.cache_dir)
-    mine = Introduction.maker(wish, layout.root, control)
+    mine = Introduction.maker(lambda: _outside_cache(wish(), layout), layout.root, control)
 
     agreed: Agreed = control.round("agree", mine.introduce, agree)
     resolved: Resolved = control.once("resolve", lambda: resolve(agreed.asks, settings, control))
@@ -148,6 +150,12 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name
         "link", read_back, lambda parts: summarise(name, agreed, manifest, parts, time.monotonic() - began)
     )
     return Collected(shown.paths, report)
+
+
+def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:
+    if wish.into is not None and layout.owns(wish.into):
+        raise BadRequest("the links would lie inside the cache, among its own files", subject=str(wish.into))
+    return wish
 
 
 def _bring_and_show(

@@ -17,6 +17,7 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.publish import publish, show, sweep_partials
 from weightferry.cache.survey import is_whole, known_sha256, survey
+from weightferry.cache.verified import is_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
@@ -99,10 +100,9 @@ class TestLayout:
 
     def test_partial_names_never_meet(self) -> None:
         layout = CacheLayout(Path("/c"))
-        folder, pattern = layout.partial_pattern(FILE)
         names = {layout.new_partial(FILE) for _ in range(100)}
         assert len(names) == 100
-        assert all(name.parent == folder == Path("/c/partial") and name.match(pattern) for name in names)
+        assert all(name.parent == layout.partial == Path("/c/partial") for name in names)
 
 
 class TestPoint:
@@ -265,7 +265,34 @@ class TestPublishAndSurvey:
             path.write_bytes(b"part")
         for path in (old, theirs):
             os.utime(path, (time.time() - 100, time.time() - 100))
-        sweep_partials(layout, file, ttl=50)
+        sweep_partials(layout, ttl=50)
         assert not old.exists()
         assert new.exists()
-        assert theirs.exists(), "another file's lock is not held here"
+        assert not theirs.exists(), "nobody may ever want that file again"
+
+
+def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
+    """Equal size and a right name prove nothing."""
+    content = b"right" * 1000
+    checksum = Checksum("sha256", hashlib.sha256(content).hexdigest())
+    here = Pinned(hub_source(), "0" * 40, (File("w.bin", len(content), checksum),))
+    layout, file = CacheLayout(tmp_path), here.files[0]
+    partial = layout.new_partial(file)
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(content)
+    publish(layout, here, file, partial, checksum.hexdigest)
+    assert layout.verified_note(here, file).exists()
+    assert known_sha256(layout, here, file) == checksum.hexdigest
+    layout.blob(here, file).write_bytes(b"wrong" * 1000)
+    assert known_sha256(layout, here, file) is None
+    assert survey(layout, Manifest((here,))).whole == {}
+    # What another program brought here is hashed once, and then believed while it does not change.
+    layout.blob(here, file).write_bytes(content)
+    assert known_sha256(layout, here, file) == checksum.hexdigest
+    assert is_verified(layout, here, file)
+
+
+@pytest.mark.parametrize(("path", "owned"), [("hub/x", True), ("objects", True), ("partial/y", True), ("links", False)])
+def test_what_the_cache_owns(tmp_path: Path, path: str, owned: bool) -> None:
+    assert CacheLayout(tmp_path / "cache").owns(tmp_path / "cache" / path) is owned
+    assert not CacheLayout(tmp_path / "cache").owns(tmp_path / path)

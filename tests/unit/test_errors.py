@@ -12,6 +12,7 @@ from weightferry.errors import (
     CollectError,
     Failure,
     IntegrityError,
+    LeaderLost,
     NoHook,
     OriginError,
     PlanMismatch,
@@ -51,7 +52,7 @@ def test_how_long_an_origin_wants_us_to_wait_pickles_too() -> None:
 
 def test_every_class_travels_under_its_own_name() -> None:
     ours = [kind for kind in classes() if kind.__module__ == "weightferry.errors"]
-    assert len(ours) == 14
+    assert len(ours) == 13
     for kind in ours:
         assert type(from_failures({0: failure(kind=kind.__name__)})) is kind
 
@@ -113,10 +114,19 @@ class TestFromFailures:
         assert type(error) is OriginError
         assert error.subject == "hf://org/m/x.bin"
 
-    def test_the_lowest_rank_gives_the_class_and_all_are_named(self) -> None:
+    def test_a_dead_rank_explains_what_its_peers_say_first(self) -> None:
         failures = {
-            9: failure(9, "no space", "OSError", phase="publish"),
+            0: failure(0, "Connection closed by peer", "RuntimeError"),
+            5: failure(5, "no sign of life for 15 s", "LeaderLost"),
+        }
+        error = from_failures(failures)
+        assert type(error) is LeaderLost
+        assert str(error).splitlines()[0].endswith("no sign of life for 15 s")
+
+    def test_the_first_to_fail_gives_the_class_and_all_are_named(self) -> None:
+        failures = {
             2: failure(2, "wrong", "IntegrityError"),
+            9: failure(9, "no space", "OSError", phase="publish"),
             **{rank: failure(rank, "wrong", "IntegrityError") for rank in (3, 4, 7)},
         }
         error = from_failures(failures)

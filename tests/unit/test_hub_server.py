@@ -391,3 +391,12 @@ class TestFaultsAsTheClientMeetsThem:
         hub.expire_links()
         assert get_session().get(link).status_code == 403
         assert get_session().get(url).content == WEIGHTS
+
+
+def test_an_empty_file_is_served_without_trouble(
+    hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.add_repo("org/empty", {"empty.txt": b""})
+    path = hf_hub_download("org/empty", "empty.txt", endpoint=hub.url, cache_dir=tmp_path)
+    assert Path(path).read_bytes() == b""
+    assert "failed" not in capfd.readouterr().err

@@ -10,6 +10,7 @@
         https--host--folder--DIGEST/{blobs, snapshots, sha256/KEY}
         .locks/...
       partial/        what is not whole yet; nothing in here has its final name
+      verified/       notes on content that was hashed since it last changed
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from weightferry.manifest import File, Pinned
 from weightferry.sources import safe_path
+
+_OWN_FOLDERS = ("hub", "objects", "partial", "verified")
 
 
 class CacheLayout:
@@ -88,10 +91,20 @@ class CacheLayout:
         """Where the SHA-256 of a file is kept whose origin publishes no checksum."""
         return self.repo(pinned) / "sha256" / file.key
 
-    def partial_pattern(self, file: File) -> tuple[Path, str]:
-        """The folder and the glob of all partial data of a file."""
-        return self.root / "partial", f"{file.key}.*"
+    def verified_note(self, pinned: Pinned, file: File) -> Path:
+        """Where it is noted that a big file was hashed and found right."""
+        return self.root / "verified" / self._folder_name(pinned) / file.key
+
+    @property
+    def partial(self) -> Path:
+        """The folder of all partial data."""
+        return self.root / "partial"
+
+    def owns(self, path: Path) -> bool:
+        """Whether `path` lies, links followed, in a folder that only the cache may write to."""
+        below = path.resolve()
+        return any(below.is_relative_to((self.root / name).resolve()) for name in _OWN_FOLDERS)
 
     def new_partial(self, file: File) -> Path:
         """A name for partial data that nobody else uses: where locks do not exclude, writers must still not meet."""
-        return self.root / "partial" / f"{file.key}.{secrets.token_hex(8)}"
+        return self.partial / f"{file.key}.{secrets.token_hex(8)}"

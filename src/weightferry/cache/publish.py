@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
+from weightferry.cache.verified import note_verified
 from weightferry.manifest import File, Pinned
 
 
@@ -30,6 +31,7 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
     blob = layout.blob(pinned, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial.replace(blob)
+    note_verified(layout, pinned, file)
 
 
 def show(layout: CacheLayout, pinned: Pinned) -> None:
@@ -43,10 +45,9 @@ def show(layout: CacheLayout, pinned: Pinned) -> None:
         write_whole(ref, pinned.commit)
 
 
-def sweep_partials(layout: CacheLayout, file: File, ttl: float) -> None:
-    """Remove partial data of `file` that nobody has written to for `ttl` seconds: its writer was killed."""
-    folder, pattern = layout.partial_pattern(file)
+def sweep_partials(layout: CacheLayout, ttl: float) -> None:
+    """Remove partial data that nobody has written to for `ttl` seconds: its writer was killed."""
     with contextlib.suppress(OSError):
-        for partial in folder.glob(pattern):
+        for partial in layout.partial.iterdir():
             if time.time() - partial.stat().st_mtime > ttl:
                 partial.unlink()

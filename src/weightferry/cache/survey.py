@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.verified import is_verified, note_verified
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Manifest, Pinned
 
@@ -53,11 +54,14 @@ def known_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
 
     None when a small file was read and is not what the manifest promises; empty when nobody knows.
     """
-    if file.checksum and file.checksum.algorithm == "sha256":
-        return file.checksum.hexdigest
     if file.checksum:
-        # The Hub keeps files as git blobs only up to 10 MB: they are read and checked every time.
+        # The Hub keeps files as git blobs only up to 10 MB: they are read every time. Big ones only when they changed.
+        big = file.checksum.algorithm == "sha256"
+        if big and is_verified(layout, pinned, file):
+            return file.checksum.hexdigest
         hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
+        if big and hashes.right:
+            note_verified(layout, pinned, file)
         return hashes.sha256 if hashes.right else None
     with contextlib.suppress(OSError, ValueError):
         note = layout.sha256_note(pinned, file).read_text()

@@ -58,9 +58,13 @@ def _files(root: Path, path: str) -> Iterator[File]:
     if at.is_file():
         yield File(path, at.stat().st_size)
     elif at.is_dir():
-        for folder, _, names in os.walk(at, followlinks=True, onerror=_raise):
+        for folder, below, names in os.walk(at, followlinks=True, onerror=_raise):
+            below[:] = [name for name in below if not _leads_back(Path(folder) / name)]
             for name in names:
-                yield from _files(root, (Path(folder) / name).relative_to(root).as_posix())
+                file = Path(folder) / name
+                inside = file.relative_to(root).as_posix()
+                # A link that leads nowhere counts only for those who want that file: they will find it missing.
+                yield from [File(inside, None)] if file.is_symlink() and not file.exists() else _files(root, inside)
     elif at.is_symlink():
         raise SourceNotFound(f"a link that leads nowhere, to {os.readlink(at)}", subject=str(at))
     elif at.exists():
@@ -82,6 +86,11 @@ def _translated(at: Path) -> Iterator[None]:
         raise AccessDenied(f"not readable for this user: {error}", subject=str(at)) from error
     except OSError as error:
         raise OriginError(str(error), subject=str(at)) from error
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one of those above it: its files are listed there already, without an end here."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _raise(error: OSError) -> None:

@@ -22,8 +22,9 @@ def summary(report: RunReport, path: Path) -> str:
     """One paragraph: what was staged, from where it came, and where it is on this rank."""
     total = report.total
     ranks = f"{report.ranks} rank{'s' * (report.ranks != 1)} on {report.nodes} node{'s' * (report.nodes != 1)}"
+    files = f"{total['files']:.0f} file{'s' * (total['files'] != 1)}"
     return (
-        f"staged {total['files']:.0f} files, {size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
+        f"staged {files}, {size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
         f"{size(total['origin_bytes'])} from the origin, {size(total['peer_bytes'])} from peers, "
         f"{size(total['cached_bytes'])} already there\n{path}"
     )

@@ -98,9 +98,9 @@ class Sender:
             If the client hangs up, the server closes, or the file has become shorter.
         """
         part = body if isinstance(body, Part) else None
-        start = part.start if part else 0
+        start = part.start if part is not None else 0
         begun = time.monotonic()
-        with _opened(part.blob.source if part else body) as source:  # type: ignore[arg-type]
+        with _opened(part.blob.source if part is not None else body) as source:  # type: ignore[arg-type]
             for first, last in _steps(start, start + count, self._step(), corrupt_at):
                 self._frame(b"%x\r\n" % (last - first))
                 self._send_all(source, first, last, invert=first == corrupt_at)

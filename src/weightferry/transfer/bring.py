@@ -60,6 +60,7 @@ def bring(
     files = list(manifest.staged())
     made = {scheme: origins(scheme, settings) for scheme in {files[i][0].source.scheme for i in missing}}
     counter = _Counter(watch)
+    sweep_partials(layout, settings.partial_ttl)
 
     def one(index: int) -> str | None:
         pinned, file = files[index]
@@ -81,7 +82,6 @@ def _one(
     with content_lock(layout.lock(pinned, file), settings.lock_timeout, watch.check):
         if is_whole(layout, pinned, file) and known_sha256(layout, pinned, file) is not None:
             return None
-        sweep_partials(layout, file, settings.partial_ttl)
         partial = layout.new_partial(file)
         try:
             digest = fetch(origin, pinned, file, partial, settings, watch)
