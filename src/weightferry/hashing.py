@@ -53,7 +53,7 @@ class Hashes:
         if checksum and checksum.algorithm == "git-sha1":
             self._git = hashlib.sha1(b"blob %d\0" % (size or 0), usedforsecurity=False)
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take the next bytes in order."""
         self._sha256.update(data)
         if self._git is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from weightferry.hashing import Checksum
 from weightferry.sources import Source, safe_path
@@ -24,12 +25,15 @@ class File:
         What the origin publishes.
     version : str
         ETag, modification time or the like: another version is another file. Empty when the checksum says it all.
+    ranges : bool
+        Whether the origin sends any part of it; False: only the whole, in order.
     """
 
     path: str
     size: int | None
     checksum: Checksum | None = None
     version: str = ""
+    ranges: bool = True
 
     def __post_init__(self) -> None:
         # An origin is not trusted with paths either.
@@ -98,6 +102,26 @@ class Manifest:
             if not pinned.in_place:
                 for file in pinned.files:
                     yield pinned, file
+
+    @cached_property
+    def same_as(self) -> tuple[int, ...]:
+        """For each staged file the first with its content in its source: two names of it are one blob in the cache."""
+        first: dict[tuple[int, str], int] = {}
+        return tuple(
+            first.setdefault((self.source_of(index), file.key), index) for index, (_, file) in enumerate(self.staged())
+        )
+
+    def contents(self) -> tuple[int, ...]:
+        """Places of the staged files, each content of a source once."""
+        return tuple(dict.fromkeys(self.same_as))
+
+    def source_of(self, index: int) -> int:
+        """Place in `sources` of the staged file at place `index`."""
+        return self._sources_of_staged[index]
+
+    @cached_property
+    def _sources_of_staged(self) -> tuple[int, ...]:
+        return tuple(n for n, pinned in enumerate(self.sources) if not pinned.in_place for _ in pinned.files)
 
     @property
     def size(self) -> int:

@@ -26,10 +26,12 @@ class Settings:
         The cache folder of this rank. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``. On a
         cluster name a node-local folder (``/local/...``) where there is one.
     connections : int
-        Files that one leader reads at a time. Default 8.
+        Connections over which one leader reads at a time. Default 4.
     connect_timeout, read_timeout : float
         Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
         Default 10 and 30.
+    stall_timeout : float
+        Seconds that bytes may stand still before an operation is given up. Default 300.
     retries : int
         How often in a row a read is tried again after a transient error, without a byte having come, before the error
         is final. Default 5.
@@ -50,9 +52,10 @@ class Settings:
     """
 
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
-    connections: int = 8
+    connections: int = 4
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
+    stall_timeout: float = 300.0
     retries: int = 5
     retry_wait: float = 0.5
     beat_interval: float = 2.0

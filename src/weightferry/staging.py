@@ -9,10 +9,10 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.publish import show
-from weightferry.cache.survey import Survey, survey
 from weightferry.cluster.agree import Agreed, Introduction, Wish, agree
 from weightferry.cluster.connect import operation
 from weightferry.cluster.control import Control
+from weightferry.delivery import deliver
 from weightferry.errors import BadRequest, at
 from weightferry.link import Shown, check_readable, make_links
 from weightferry.manifest import Manifest
@@ -21,8 +21,6 @@ from weightferry.report.run import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import Ask, SourceLike
 from weightferry.summary import Part, summarise
-from weightferry.transfer.bring import Brought, agree_on_bytes, bring
-from weightferry.transfer.plan import plan
 
 
 @dataclass(frozen=True)
@@ -119,32 +117,24 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name
     agreed: Agreed = control.round("agree", mine.introduce, agree)
     resolved: Resolved = control.once("resolve", lambda: resolve(agreed.asks, settings, control))
     manifest, leaders = resolved.manifest, agreed.leaders
-    role = agreed.role(control.rank)
-
-    surveys: Mapping[int, Survey] = control.round("survey", lambda: survey(layout, manifest), dict, leaders, role)
-    plans = plan(sum(1 for _ in manifest.staged()), surveys)
-    brought: Mapping[int, Brought] = control.round(
-        "transfer",
-        lambda: _bring_and_show(layout, manifest, plans[control.rank], settings, control),
-        lambda values: agree_on_bytes(manifest, surveys, values),
-        leaders,
-        role,
-    )
+    delivered = deliver(control, manifest, agreed, layout, settings)
     linking = time.monotonic()
     shown = Shown.of(mine.wish, resolved, layout)
-    if agreed.links:
 
-        def link() -> None:
+    def link() -> None:
+        if control.rank in leaders:
+            _show(layout, manifest)
+        if control.rank in agreed.links:
             make_links(Shown.of(replace(mine.wish, asks=agreed.links[control.rank]), resolved, layout))
 
-        control.round("link", link, lambda _: None, agreed.links)
+    control.round("link", link, lambda _: None, {*leaders, *agreed.links}, agreed.role(control.rank))
 
     def read_back() -> Part | None:
         check_readable(shown, resolved)
         if control.rank not in leaders:
             return None
         seconds = {**control.seconds, "link": time.monotonic() - linking}
-        return Part.of(layout, manifest, surveys[control.rank], brought[control.rank], seconds)
+        return Part.of(layout, manifest, delivered, seconds)
 
     report = control.round(
         "link", read_back, lambda parts: summarise(name, agreed, manifest, parts, time.monotonic() - began)
@@ -158,12 +148,9 @@ def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:
     return wish
 
 
-def _bring_and_show(
-    layout: CacheLayout, manifest: Manifest, missing: tuple[int, ...], settings: Settings, control: Control
-) -> Brought:
-    brought = bring(layout, manifest, missing, settings, control)
+def _show(layout: CacheLayout, manifest: Manifest) -> None:
+    """Let the snapshots show what was published."""
     for pinned in manifest.sources:
         if not pinned.in_place:
             with at(phase="publish", subject=pinned.name):
                 show(layout, pinned)
-    return brought

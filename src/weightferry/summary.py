@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.survey import Survey
 from weightferry.cluster.agree import Agreed
+from weightferry.delivery import Delivered
 from weightferry.manifest import Manifest
 from weightferry.report.run import DomainReport, RunReport
-from weightferry.transfer.bring import Brought
 
 
 @dataclass(frozen=True)
@@ -25,23 +24,28 @@ class Part:
     """
 
     origin_bytes: int
+    peer_bytes_in: int
+    peer_bytes_out: int
     cached_bytes: int
     seconds: Mapping[str, float]
     sizes: tuple[int, ...]
     sha256: Mapping[int, str]
 
     @classmethod
-    def of(
-        cls, layout: CacheLayout, manifest: Manifest, held: Survey, brought: Brought, seconds: Mapping[str, float]
-    ) -> Part:
+    def of(cls, layout: CacheLayout, manifest: Manifest, delivered: Delivered, seconds: Mapping[str, float]) -> Part:
         """Count on the leader, after the link phase has shown that everything is there."""
         sizes = tuple(
             (layout.snapshot(pinned) / file.path).stat().st_size for pinned in manifest.sources for file in pinned.files
         )
+        brought = delivered.brought
         staged = [not pinned.in_place for pinned in manifest.sources for _ in pinned.files]
         read = _numbered(staged, set(brought.sha256))
         there = sum(size for number, size in enumerate(sizes) if number not in read)
-        return cls(brought.origin_bytes, there, dict(seconds), sizes, {**held.whole, **brought.sha256})
+        known = {**delivered.held, **brought.sha256}
+        sha256 = {index: known[first] for index, first in enumerate(manifest.same_as) if first in known}
+        return cls(
+            brought.origin_bytes, brought.peer_bytes_in, brought.peer_bytes_out, there, dict(seconds), sizes, sha256
+        )
 
 
 def _numbered(staged: list[bool], indices: set[int]) -> set[int]:
@@ -64,6 +68,8 @@ def summarise(
                 leader_rank=domain.leader,
                 ranks=list(domain.ranks),
                 origin_bytes=part.origin_bytes,
+                peer_bytes_in=part.peer_bytes_in,
+                peer_bytes_out=part.peer_bytes_out,
                 cached_bytes=part.cached_bytes,
                 seconds={phase: round(value, 4) for phase, value in part.seconds.items()},
             )

@@ -51,8 +51,8 @@ def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     assert model.hub.content_bytes("big.bin") <= len(FILES["big.bin"])
     assert max(got.seconds for got in gots) < 30
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
-    check_cache(model.cache(0))
-    check_cache(little_disk)
+    check_cache(model.cache(0), failed=True)
+    check_cache(little_disk, failed=True)
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -69,8 +69,8 @@ def test_a_cache_that_one_node_may_not_write(model: Nodes, node: int) -> None:
         failed_alike(error, CollectError, "transfer", {2 * node}, "Permission denied", str(folder))
     values(local)  # needs no cache
     folder.chmod(0o755)
-    check_cache(model.cache(0))
-    check_cache(model.cache(2))
+    check_cache(model.cache(0), failed=True)
+    check_cache(model.cache(2), failed=True)
 
 
 def test_a_cache_that_nobody_may_write_is_enough_when_it_is_whole(model: Nodes) -> None:
@@ -93,7 +93,7 @@ def test_a_cache_that_is_a_file_on_one_node(model: Nodes, node: int) -> None:
     # The ranks of this node share no folder, so each leads itself.
     failed_alike(gots, CollectError, "transfer", {2 * node, 2 * node + 1}, str(model.cache(2 * node)))
     values(local)
-    check_cache(model.cache(2 - 2 * node))
+    check_cache(model.cache(2 - 2 * node), failed=True)
 
 
 def test_a_folder_of_links_that_cannot_be_made_on_one_rank(model: Nodes) -> None:

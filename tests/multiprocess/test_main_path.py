@@ -23,14 +23,14 @@ def model(nodes: Nodes) -> Nodes:
     return nodes
 
 
-def test_each_node_reads_each_byte_once_and_one_rank_asks_for_metadata(model: Nodes) -> None:
+def test_each_byte_leaves_the_origin_once_and_one_rank_asks_for_metadata(model: Nodes) -> None:
     report, *others = model.run(jobs.report, "org/model")
-    assert model.hub.content_bytes() == 2 * TOTAL
+    assert model.hub.content_bytes() == TOTAL
     assert len(model.hub.metadata_requests) == 1
     assert others == [report] * 3
     assert [(domain["leader_rank"], domain["ranks"]) for domain in report["domains"]] == [(0, [0, 1]), (2, [2, 3])]
-    assert [domain["origin_bytes"] for domain in report["domains"]] == [TOTAL, TOTAL]
-    assert report["total"]["origin_bytes"] == 2 * TOTAL
+    assert [domain["origin_bytes"] + domain["peer_bytes_in"] for domain in report["domains"]] == [TOTAL, TOTAL]
+    assert report["total"]["origin_bytes"] == report["total"]["peer_bytes"] == TOTAL
     for rank in (0, 2):
         assert len(check_cache(model.cache(rank))) == len(FILES)
 
@@ -77,9 +77,9 @@ def test_a_warm_node_beside_a_cold_one(model: Nodes, warm: int) -> None:
     model.hub.reset()
     report = model.run(jobs.report, "org/model")[0]
     cold = 1 - warm
-    assert model.hub.content_bytes() == TOTAL
-    assert report["domains"][cold]["origin_bytes"] == report["domains"][warm]["cached_bytes"] == TOTAL
-    assert report["domains"][warm]["origin_bytes"] == report["domains"][cold]["cached_bytes"] == 0
+    assert model.hub.content_bytes() == report["total"]["origin_bytes"] == 0
+    assert report["domains"][cold]["peer_bytes_in"] == report["domains"][warm]["cached_bytes"] == TOTAL
+    assert report["domains"][warm]["peer_bytes_in"] == report["domains"][cold]["cached_bytes"] == 0
 
 
 def test_nodes_that_hold_different_files_each_get_the_rest(model: Nodes) -> None:
@@ -91,8 +91,8 @@ def test_nodes_that_hold_different_files_each_get_the_rest(model: Nodes) -> None
     model.hub.reset()
     seen = model.run(jobs.stage, "org/model")
     assert [files for _, files in seen] == [sha256s(FILES)] * 4
-    assert model.hub.content_bytes("model.safetensors") == len(WEIGHTS)
-    assert model.hub.content_bytes("config.json") == len(FILES["config.json"])
+    assert model.hub.content_bytes("model.safetensors") == model.hub.content_bytes("config.json") == 0
+    assert model.hub.content_bytes() == len(FILES["sub/vocab.txt"])
 
 
 def test_a_damaged_small_file_and_a_short_big_one_are_read_again(model: Nodes) -> None:
@@ -125,7 +125,7 @@ def test_several_operations_of_one_job_do_not_meet(nodes: Nodes) -> None:
     for number, gots in enumerate(nodes.tries(*calls)):
         expected = sha256s({"w.bin": bytes([number % 4]) * 1000})
         assert [files for _, files in values(gots)] == [expected] * 4
-    assert nodes.hub.content_bytes() == 2 * 4 * 1000
+    assert nodes.hub.content_bytes() == 4 * 1000
 
 
 def test_an_operation_leaves_nothing_in_the_store(model: Nodes) -> None:
@@ -163,7 +163,7 @@ def test_the_branch_moves_between_two_calls(model: Nodes) -> None:
     model.hub.add_repo("org/model", {**FILES, "config.json": b'{"a": 2}'})
     after = model.run(jobs.stage, "org/model")
     assert {files["config.json"] for _, files in before}.isdisjoint({files["config.json"] for _, files in after})
-    assert model.hub.content_bytes("model.safetensors") == 2 * len(WEIGHTS)
+    assert model.hub.content_bytes("model.safetensors") == len(WEIGHTS)
 
 
 def test_another_rank_may_want_another_revision(model: Nodes) -> None:

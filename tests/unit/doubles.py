@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.locks import Locks
+from weightferry.cache.survey import Surveyor
+from weightferry.cluster.control import Solo
 from weightferry.manifest import Manifest, Pinned
 from weightferry.sources import Source
 from weightferry.testing.origin import FakeOrigin
@@ -43,3 +47,22 @@ def hub_source(revision: str | None = None, *, root: str = "org/model", repo_typ
 
 def environ(**variables: object) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
+
+
+class FakeControl(Solo):
+    """An operation of one process that can be ended, and tells its bytes to a watch."""
+
+    def __init__(self, watch: FakeWatch) -> None:
+        super().__init__("h")
+        self._watch = watch
+
+    def moved(self, count: int, peer: bool = False) -> None:
+        self._watch.moved(count)
+
+    def check(self) -> None:
+        self._watch.check()
+
+
+def surveyor_of(layout: CacheLayout, manifest: Manifest) -> Surveyor:
+    """A surveyor whose locks are freed with it."""
+    return Surveyor(layout, manifest, Locks(0.2, lambda: None))

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 
-from tests.unit.doubles import FakeWatch, Over, manifest_of
+from tests.unit.doubles import FakeControl, FakeWatch, Over, manifest_of, surveyor_of
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.survey import Survey, survey
+from weightferry.cache.survey import Survey
 from weightferry.errors import AccessDenied, IntegrityError, OriginError
 from weightferry.manifest import Manifest
 from weightferry.origins.base import TransientOriginError
 from weightferry.settings import Settings
 from weightferry.testing.origin import FakeOrigin, Fault
-from weightferry.transfer.bring import Brought, agree_on_bytes, bring
-from weightferry.transfer.plan import plan
+from weightferry.transfer.arriving import Wrong
+from weightferry.transfer.bring import Brought, bring
+from weightferry.transfer.plan import Orders, plan
+from weightferry.transfer.proof import judge
 
-FILES = {f"part{number}.bin": bytes([number]) * (10_000 + number) for number in range(6)}
+# The first is small, and travels in a bundle; the others are big, a piece each.
+FILES = {f"part{number}.bin": bytes([number]) * ((1 << 20) * (number > 0) + 9000 + number) for number in range(6)}
 
 
 class Leader:
@@ -29,9 +34,20 @@ class Leader:
         self.layout, self.settings, self.watch, self.origin = layout, settings, watch, origin
         self.manifest = manifest_of(origin)
 
-    def bring(self, *missing: int) -> Brought:
-        wanted = missing or range(len(self.origin.files))
-        return bring(self.layout, self.manifest, wanted, self.settings, self.watch, self.origin.factory)
+    def bring(self) -> Brought:
+        surveyor = surveyor_of(self.layout, self.manifest)
+        try:
+            held = surveyor.survey()
+            lacking = tuple(index for index in self.manifest.contents() if index not in held.whole)
+            orders = Orders(plan(self.manifest, {0: held}), lacking, {0: "h"})
+            return bring(orders, surveyor, self.settings, FakeControl(self.watch), self.origin.factory)
+        finally:
+            surveyor.release()
+
+    def forget(self, *indices: int) -> None:
+        files = list(self.manifest.staged())
+        for index in indices:
+            self.layout.blob(*files[index]).unlink()
 
     def published(self) -> dict[str, bytes]:
         there = {}
@@ -43,7 +59,7 @@ class Leader:
 
     def partials(self) -> list[str]:
         folder = self.layout.root / "partial"
-        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture
@@ -57,20 +73,23 @@ def test_all_files_with_their_digests(leader: Leader) -> None:
     assert leader.partials() == []
     assert brought.origin_bytes == leader.watch.bytes == sum(map(len, FILES.values()))
     assert brought.sha256 == {n: hashlib.sha256(FILES[f"part{n}.bin"]).hexdigest() for n in range(6)}
-    assert survey(leader.layout, leader.manifest).whole == brought.sha256
+    assert surveyor_of(leader.layout, leader.manifest).survey().whole == brought.sha256
 
 
 def test_only_what_is_missing(leader: Leader) -> None:
-    leader.bring(1, 4)
-    assert set(leader.published()) == {"part1.bin", "part4.bin"}
+    leader.bring()
+    leader.forget(1, 4)
+    leader.origin.reads.clear()
+    assert set(leader.bring().sha256) == {1, 4}
+    assert leader.published() == FILES
     assert {read.path for read in leader.origin.reads} == {"part1.bin", "part4.bin"}
 
 
-def test_nothing_missing_makes_no_origin(leader: Leader) -> None:
-    def never(scheme: str, _: Settings) -> FakeOrigin:
-        raise AssertionError(scheme)
-
-    assert bring(leader.layout, leader.manifest, [], leader.settings, leader.watch, never) == Brought()
+def test_nothing_missing_reads_nothing(leader: Leader) -> None:
+    leader.bring()
+    leader.origin.reads.clear()
+    assert leader.bring() == Brought()
+    assert leader.origin.reads == []
 
 
 def test_several_at_a_time_but_no_more_than_allowed(leader: Leader) -> None:
@@ -109,7 +128,6 @@ class TestFailure:
             leader.bring()
         assert len(leader.origin.reads) <= 3, "files that were waiting for a connection are not begun"
         assert leader.published() == {}
-        assert leader.partials() == []
 
     def test_it_wakes_those_that_wait_for_a_retry(self, leader: Leader) -> None:
         leader.settings = replace(leader.settings, connections=2)
@@ -118,12 +136,12 @@ class TestFailure:
             Fault("part1.bin", error=AccessDenied("403")),
         ]
         with pytest.raises(AccessDenied):
-            leader.bring(0, 1)
+            leader.bring()
 
     @pytest.mark.parametrize(
         ("fault", "error"),
         [
-            (Fault("part3.bin", corrupt=1, times=2), IntegrityError),
+            (Fault("part0.bin", corrupt=1, times=2), IntegrityError),
             (Fault("part3.bin", end_after=0, times=None), OriginError),
             (Fault("part3.bin", error=TransientOriginError("503"), times=None), OriginError),
             (Fault("part3.bin", extra=b"more"), OriginError),
@@ -135,9 +153,31 @@ class TestFailure:
         leader.origin.faults.append(replace(fault))
         with pytest.raises(error):
             leader.bring()
-        assert "part3.bin" not in leader.published()
+        assert fault.path not in leader.published()
         assert all(content == FILES[path] for path, content in leader.published().items())
+        leader.origin.faults.clear()
+        leader.bring()
+        assert leader.published() == FILES
         assert leader.partials() == []
+
+    def test_what_had_come_is_not_read_again(self, leader: Leader) -> None:
+        leader.origin.faults += [
+            Fault("part5.bin", cut_after=700_000),
+            Fault("part5.bin", error=AccessDenied("403")),
+        ]
+        with pytest.raises(AccessDenied):
+            leader.bring()
+        leader.origin.reads.clear()
+        leader.bring()
+        assert [read.start for read in leader.origin.reads if read.path == "part5.bin"] == [700_000]
+        assert leader.published() == FILES
+
+    def test_wrong_bytes_are_told_and_not_published(self, leader: Leader) -> None:
+        leader.origin.faults.append(Fault("part3.bin", corrupt=500_000))
+        brought = leader.bring()
+        (wrong,) = brought.wrong.values()
+        assert wrong.got != hashlib.sha256(FILES["part3.bin"]).hexdigest()
+        assert "part3.bin" not in leader.published()
 
     def test_it_names_the_file(self, leader: Leader) -> None:
         leader.origin.faults.append(Fault("part2.bin", error=OSError(5, "Input/output error")))
@@ -153,48 +193,83 @@ class TestFailure:
 
 
 class TestSharedContent:
-    def test_two_names_of_one_content_are_read_once(self, layout, settings, watch) -> None:
-        leader = Leader(layout, settings, watch, FakeOrigin({"a.bin": b"same" * 999, "b.bin": b"same" * 999}))
+    @pytest.mark.parametrize("size", [999, 1 << 20])
+    def test_two_names_of_one_content_are_read_once(self, layout, settings, watch, size: int) -> None:
+        leader = Leader(layout, settings, watch, FakeOrigin({"a.bin": b"same" * size, "b.bin": b"same" * size}))
         brought = leader.bring()
-        assert leader.origin.sent == 4 * 999
-        assert len(brought.cached) == len(brought.sha256) == 1
+        assert leader.origin.sent == 4 * size
+        assert list(brought.sha256) == [0]
+        assert leader.published() == leader.origin.files
 
-    def test_what_another_job_brought_meanwhile(self, leader: Leader) -> None:
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_a_file_of_the_wrong_size_is_replaced(self, leader: Leader, index: int) -> None:
         leader.bring()
-        again = leader.bring()
-        assert again == Brought(0, {}, tuple(range(6)))
-
-    def test_a_file_of_the_wrong_size_is_replaced(self, leader: Leader) -> None:
-        leader.bring()
-        pinned, file = next(leader.manifest.staged())
+        pinned, file = list(leader.manifest.staged())[index]
         leader.layout.blob(pinned, file).write_bytes(b"torn")
-        assert leader.bring().origin_bytes == len(FILES["part0.bin"])
+        assert leader.bring().origin_bytes == file.size
         assert leader.published() == FILES
 
 
-class TestAgreeOnBytes:
-    # Origins without checksums: only the ranks together can notice that they got different bytes.
-    def manifest(self, publishes=None) -> Manifest:
-        return manifest_of(FakeOrigin({"m.bin": b"x"}, publishes=publishes))
+class TestOriginsOfOtherKinds:
+    def test_without_ranges_a_file_is_read_once_in_order(self, layout, settings, watch) -> None:
+        content = random.Random(1).randbytes(9_000_000)
+        leader = Leader(layout, settings, watch, FakeOrigin({"m.bin": content}))
+        (pinned,) = leader.manifest.sources
+        leader.manifest = Manifest((replace(pinned, files=(replace(pinned.files[0], ranges=False),)),))
+        leader.bring()
+        assert [(read.start, read.stop) for read in leader.origin.reads] == [(0, None)]
+        assert leader.published() == {"m.bin": content}
 
-    def test_different_bytes(self) -> None:
+    def test_a_file_whose_size_nobody_knows(self, layout, settings, watch) -> None:
+        content = random.Random(2).randbytes(9_000_000)
+        leader = Leader(layout, settings, watch, FakeOrigin({"m.bin": content}, publishes=None, sizes=False))
+        leader.origin.faults.append(Fault(cut_after=5_000_000))
+        leader.bring()
+        assert leader.published() == {"m.bin": content}
+
+    def test_big_files_are_read_in_pieces_over_several_connections(self, layout, settings, watch) -> None:
+        content = random.Random(3).randbytes(9_000_000)
+        leader = Leader(layout, settings, watch, FakeOrigin({"m.bin": content}))
+        leader.bring()
+        assert sorted(read.start for read in leader.origin.reads) == [0, 4 << 20, 8 << 20]
+        assert leader.published() == {"m.bin": content}
+
+
+class TestJudge:
+    HOSTS = MappingProxyType({0: "h0", 2: "h2"})
+
+    def judge(self, surveys, brought, *, publishes=None, final=True) -> tuple[int, ...]:
+        manifest = manifest_of(FakeOrigin({"m.bin": b"x"}, publishes=publishes))
+        return judge(manifest, surveys, brought, self.HOSTS, final=final)
+
+    def test_different_bytes_where_nothing_was_promised(self) -> None:
         surveys = {0: Survey(), 2: Survey()}
-        with pytest.raises(IntegrityError, match="rank 0 sha256 aa, rank 2 sha256 bb"):
-            agree_on_bytes(self.manifest(), surveys, {0: Brought(1, {0: "aa"}), 2: Brought(1, {0: "bb"})})
+        brought = {0: Brought(sha256={0: "aa"}), 2: Brought(sha256={0: "bb"})}
+        assert self.judge(surveys, brought, final=False) == (0,)
+        with pytest.raises(IntegrityError, match=r"rank 0 \(h0\) sha256 aa, rank 2 \(h2\) sha256 bb"):
+            self.judge(surveys, brought)
 
     def test_a_cached_copy_counts(self) -> None:
-        held, brought = {0: Survey({0: "aa"}), 1: Survey()}, {0: Brought(), 1: Brought(1, {0: "bb"})}
-        with pytest.raises(IntegrityError, match="rank 0 sha256 aa, rank 1 sha256 bb"):
-            agree_on_bytes(self.manifest(), held, brought)
+        with pytest.raises(IntegrityError, match="sha256 aa, rank 2"):
+            self.judge({0: Survey({0: "aa"}), 2: Survey()}, {0: Brought(), 2: Brought(sha256={0: "bb"})})
 
     def test_equal_or_unknown(self) -> None:
-        brought = {0: Brought(1, {0: "aa"}), 1: Brought(1, {0: "aa"}), 2: Brought()}
-        assert agree_on_bytes(self.manifest(), {0: Survey(), 1: Survey(), 2: Survey({0: ""})}, brought) == brought
+        brought = {0: Brought(sha256={0: "aa"}), 2: Brought()}
+        assert self.judge({0: Survey(), 2: Survey({0: ""})}, brought) == ()
 
-    def test_published_checksums_were_compared_already(self) -> None:
-        brought = {0: Brought(1, {0: "aa"}), 1: Brought(1, {0: "bb"})}
-        assert agree_on_bytes(self.manifest("sha256"), {0: Survey(), 1: Survey()}, brought) == brought
+    def test_the_origin_is_to_blame_when_all_got_the_same(self) -> None:
+        wrong = Wrong("aa", (1, 2))
+        brought = {0: Brought(wrong={0: wrong}), 2: Brought(wrong={0: wrong})}
+        assert self.judge({}, brought, publishes="sha256", final=False) == (0,)
+        with pytest.raises(IntegrityError, match=r"the origin sends other bytes than it promises, twice: .* got aa"):
+            self.judge({}, brought, publishes="sha256")
 
+    def test_a_domain_is_to_blame_when_others_are_right(self) -> None:
+        brought = {0: Brought(sha256={0: ""}), 2: Brought(wrong={0: Wrong("bb", (1, 2))})}
+        with pytest.raises(IntegrityError, match=r"rank 2 \(h2\) has bb"):
+            self.judge({}, brought, publishes="sha256")
 
-def test_plan_gives_each_leader_what_its_domain_lacks() -> None:
-    assert plan(3, {0: Survey({0: "", 2: "ab"}), 4: Survey()}) == {0: (1,), 4: (0, 1, 2)}
+    def test_where_they_differ(self) -> None:
+        brought = {0: Brought(wrong={0: Wrong("aa", (1, 2))}), 2: Brought(wrong={0: Wrong("bb", (1, 3))})}
+        with pytest.raises(IntegrityError, match="different from others in bytes 4194304-8388608"):
+            self.judge({}, brought, publishes="sha256")

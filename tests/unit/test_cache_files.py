@@ -12,11 +12,11 @@ import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
-from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin
+from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.publish import publish, show, sweep_partials
-from weightferry.cache.survey import is_whole, known_sha256, survey
+from weightferry.cache.survey import Survey, is_whole, known_sha256
 from weightferry.cache.verified import is_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
@@ -31,6 +31,14 @@ FILE = File("onnx/m.bin", 3, Checksum("sha256", SHA))
 
 def pinned(source: Source, *files: File, commit: str = COMMIT) -> Pinned:
     return Pinned(source, commit, files or (FILE,))
+
+
+def surveyed(layout: CacheLayout, manifest: Manifest) -> Survey:
+    surveyor = surveyor_of(layout, manifest)
+    try:
+        return surveyor.survey()
+    finally:
+        surveyor.release()
 
 
 class TestLayout:
@@ -99,10 +107,11 @@ class TestLayout:
         assert CacheLayout(Path("/c")).pointer(here, FILE) == Path("/data/model/onnx/m.bin")
 
     def test_partial_names_never_meet(self) -> None:
-        layout = CacheLayout(Path("/c"))
-        names = {layout.new_partial(FILE) for _ in range(100)}
+        layout, here = CacheLayout(Path("/c")), pinned(hub_source())
+        names = {layout.new_partial(here, FILE) for _ in range(100)}
         assert len(names) == 100
-        assert all(name.parent == layout.partial == Path("/c/partial") for name in names)
+        assert {name.parent for name in names} == {layout.partial / "models--org--model"}
+        assert layout.partial_of(here, FILE) == Path("/c/partial/models--org--model") / SHA
 
 
 class TestPoint:
@@ -203,7 +212,7 @@ class TestWriteWhole:
 class TestPublishAndSurvey:
     def put(self, layout: CacheLayout, manifest: Manifest, content: bytes) -> tuple[Pinned, File]:
         here, file = next(manifest.staged())
-        partial = layout.new_partial(file)
+        partial = layout.new_partial(here, file)
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         publish(layout, here, file, partial, hashlib.sha256(content).hexdigest())
@@ -212,25 +221,25 @@ class TestPublishAndSurvey:
 
     def test_published_is_whole(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}))
-        assert survey(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).whole == {}
         self.put(layout, manifest, b"abc")
-        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
 
     @pytest.mark.parametrize("publishes", ["sha256", "git-sha1", None])
     @pytest.mark.parametrize("torn", [b"", b"ab", b"abcd"])
     def test_a_wrong_size_is_not_whole(self, layout: CacheLayout, publishes, torn: bytes) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=publishes))
         self.put(layout, manifest, torn)
-        assert survey(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).whole == {}
 
     def test_wrong_bytes_of_a_git_blob_are_not_whole(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes="git-sha1"))
         here, file = self.put(layout, manifest, b"abX")
         assert is_whole(layout, here, file), "the size is right"
         assert known_sha256(layout, here, file) is None
-        assert survey(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).whole == {}
         self.put(layout, manifest, b"abc")
-        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
 
     @pytest.mark.parametrize("kind", ["folder", "dangling link", "fifo"])
     def test_a_name_proves_nothing(self, layout: CacheLayout, kind: str) -> None:
@@ -238,14 +247,14 @@ class TestPublishAndSurvey:
         blob = layout.blob(*next(manifest.staged()))
         blob.parent.mkdir(parents=True)
         {"folder": blob.mkdir, "dangling link": lambda: blob.symlink_to("no"), "fifo": lambda: os.mkfifo(blob)}[kind]()
-        assert survey(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).whole == {}
 
     def test_the_digest_is_noted_where_the_origin_has_none(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=None))
         here, file = self.put(layout, manifest, b"abc")
-        assert survey(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
         layout.sha256_note(here, file).unlink()
-        assert survey(layout, manifest).whole == {0: ""}, "whole, its digest unknown"
+        assert surveyed(layout, manifest).whole == {0: ""}, "whole, its digest unknown"
 
     def test_show(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"a/b/m.bin": b"abc"}), hub_source())
@@ -258,8 +267,8 @@ class TestPublishAndSurvey:
         assert (layout.repo(here) / "refs/main").read_text() == here.commit
 
     def test_sweep(self, layout: CacheLayout) -> None:
-        file, other = pin(FakeOrigin({"m.bin": b"abc", "n.bin": b"x"})).files
-        old, new, theirs = layout.new_partial(file), layout.new_partial(file), layout.new_partial(other)
+        here = pin(FakeOrigin({"m.bin": b"abc", "n.bin": b"x"}))
+        old, new, theirs = (layout.new_partial(here, here.files[number]) for number in (0, 0, 1))
         old.parent.mkdir(parents=True)
         for path in (old, new, theirs):
             path.write_bytes(b"part")
@@ -273,19 +282,19 @@ class TestPublishAndSurvey:
 
 def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
     """Equal size and a right name prove nothing."""
-    content = b"right" * 1000
+    content = b"right" * 300_000
     checksum = Checksum("sha256", hashlib.sha256(content).hexdigest())
     here = Pinned(hub_source(), "0" * 40, (File("w.bin", len(content), checksum),))
     layout, file = CacheLayout(tmp_path), here.files[0]
-    partial = layout.new_partial(file)
+    partial = layout.new_partial(here, file)
     partial.parent.mkdir(parents=True)
     partial.write_bytes(content)
     publish(layout, here, file, partial, checksum.hexdigest)
     assert layout.verified_note(here, file).exists()
     assert known_sha256(layout, here, file) == checksum.hexdigest
-    layout.blob(here, file).write_bytes(b"wrong" * 1000)
+    layout.blob(here, file).write_bytes(b"wrong" * 300_000)
     assert known_sha256(layout, here, file) is None
-    assert survey(layout, Manifest((here,))).whole == {}
+    assert surveyed(layout, Manifest((here,))).whole == {}
     # What another program brought here is hashed once, and then believed while it does not change.
     layout.blob(here, file).write_bytes(content)
     assert known_sha256(layout, here, file) == checksum.hexdigest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -9,23 +10,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import WeakFileLock
 
 from tests.unit.doubles import FakeWatch, Over
-from weightferry.cache.locks import content_lock
+from weightferry.cache.locks import Locks
 
 HOLD = """
 import sys
 from pathlib import Path
-from weightferry.cache.locks import content_lock
-with content_lock(Path(sys.argv[1]), 10, lambda: None) as held:
-    print(held, flush=True)
-    sys.stdin.read()
+from weightferry.cache.locks import Locks
+locks, path = Locks(10, lambda: None), Path(sys.argv[1])
+locks.wait({path})
+print(locks.held(path), flush=True)
+sys.stdin.read()
 """
+
+
+@contextlib.contextmanager
+def content_lock(path: Path, timeout: float, check: Callable[[], None]) -> Iterator[bool]:
+    locks = Locks(timeout, check)
+    try:
+        locks.wait({path})
+        yield locks.held(path)
+    finally:
+        locks.release()
 
 
 @pytest.fixture
@@ -121,6 +133,18 @@ def test_somebody_elses_cache(
     with content_lock(path, 1, watch.check) as held:
         assert not held
     assert "going on without the lock" in caplog.text
+
+
+def test_what_others_hold_is_not_waited_for(tmp_path: Path, watch: FakeWatch) -> None:
+    first, second = Locks(60, watch.check), Locks(60, watch.check)
+    a, b = tmp_path / "a.lock", tmp_path / "b.lock"
+    assert first.take({a}) == set()
+    assert second.take({a, b}) == {a}
+    assert (second.held(a), second.held(b)) == (False, True)
+    first.release()
+    assert second.take({a, b}) == set()
+    second.release()
+    assert not second.held(a)
 
 
 def test_errors_of_the_work_are_not_taken_for_errors_of_the_lock(path: Path, watch: FakeWatch) -> None:

@@ -9,7 +9,7 @@
       objects/        the same shape for every other source
         https--host--folder--DIGEST/{blobs, snapshots, sha256/KEY}
         .locks/...
-      partial/        what is not whole yet; nothing in here has its final name
+      partial/        what is not whole yet, each with its journal; nothing in here has its final name
       verified/       notes on content that was hashed since it last changed
 """
 
@@ -105,6 +105,19 @@ class CacheLayout:
         below = path.resolve()
         return any(below.is_relative_to((self.root / name).resolve()) for name in _OWN_FOLDERS)
 
-    def new_partial(self, file: File) -> Path:
-        """A name for partial data that nobody else uses: where locks do not exclude, writers must still not meet."""
-        return self.partial / f"{file.key}.{secrets.token_hex(8)}"
+    def partial_of(self, pinned: Pinned, file: File) -> Path:
+        """Where whoever holds the lock on a file's content keeps its partial data, and finds what a killed one left."""
+        return self.partial / self._folder_name(pinned) / file.key
+
+    def new_partial(self, pinned: Pinned, file: File) -> Path:
+        """A name for partial data that nobody else uses: without the lock, writers must still not meet."""
+        return self.partial_of(pinned, file).with_name(f"{file.key}.{secrets.token_hex(8)}")
+
+    def small_lock(self, pinned: Pinned) -> Path:
+        """The lock on all small files of a source together."""
+        return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
+
+    @property
+    def identity(self) -> Path:
+        """The file that names this cache, the same for all who see it."""
+        return self.root / ".identity"

@@ -51,6 +51,23 @@ def write_whole(path: Path, content: str) -> None:
             new.unlink()
 
 
+def create_whole(path: Path, content: str) -> None:
+    """Write a small text file unless it is there; of several who do so at once, one wins and all see its content.
+
+    Raises
+    ------
+    FileExistsError
+        It is there.
+    """
+    new = beside(path)
+    try:
+        new.write_text(content)
+        os.link(new, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            new.unlink()
+
+
 def beside(path: Path) -> Path:
     """Return a name in the same folder that nobody else uses."""
     # At most 255 bytes, of which a character may take four.

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
+from weightferry.cache.partial import discard
+from weightferry.cache.survey import is_whole
 from weightferry.cache.verified import note_verified
 from weightferry.manifest import File, Pinned
 
+logger = logging.getLogger(__name__)
 
-def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha256: str) -> None:
+
+def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha256: str, *, sync: bool = True) -> None:
     """Give checked content its final name.
 
     Parameters
@@ -22,16 +27,26 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
         The whole content, its checksum already compared; gone afterwards.
     sha256
         What was computed; noted where the origin publishes no checksum.
+    sync
+        Wait until it is on the disk: without that a crash of the node may leave the name and lose the bytes. Small
+        files are hashed in every survey, which notices.
     """
-    with partial.open("rb") as written:
-        # Without it a crash of the node may leave the name and lose the bytes.
-        os.fsync(written.fileno())
+    if sync:
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
     if not file.checksum:
         write_whole(layout.sha256_note(pinned, file), sha256)
     blob = layout.blob(pinned, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(blob)
+    try:
+        partial.replace(blob)
+    except FileNotFoundError:
+        # Where locks do not exclude, another job that wrote the same bytes to the same place was first.
+        if not is_whole(layout, pinned, file):
+            raise
+    discard(partial)
     note_verified(layout, pinned, file)
+    logger.info("published %s/%s", pinned.name, file.path)
 
 
 def show(layout: CacheLayout, pinned: Pinned) -> None:
@@ -48,6 +63,6 @@ def show(layout: CacheLayout, pinned: Pinned) -> None:
 def sweep_partials(layout: CacheLayout, ttl: float) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds: its writer was killed."""
     with contextlib.suppress(OSError):
-        for partial in layout.partial.iterdir():
+        for partial in layout.partial.glob("*/*"):
             if time.time() - partial.stat().st_mtime > ttl:
                 partial.unlink()

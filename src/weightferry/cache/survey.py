@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from weightferry.cache.extents import Extents
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.links import create_whole
+from weightferry.cache.locks import Locks
+from weightferry.cache.partial import Run, discard, right_runs
 from weightferry.cache.verified import is_verified, note_verified
+from weightferry.errors import CollectError
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Manifest, Pinned
 
 _SHA256_DIGITS = 64
+# A lock is an open file, and processes may have few (1,024 by default): the biggest files have one each, the others
+# one for each source together. Reading a small file twice costs less than a lock on it.
+_LOCKS, _WORTH_A_LOCK = 256, 1 << 20
+# Hashed in every survey: cheaper than to wonder.
+_CHEAP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,20 +36,114 @@ class Survey:
     whole : mapping of int to str
         The files of `Manifest.staged()` that are there, by their place in it, with their SHA-256 where it is known
         without reading a big file, else an empty text.
+    parts : mapping of int to Extents
+        What is there of other files.
+    busy : bool
+        Whether another job holds a lock on something that this domain lacks.
+    cache : str
+        Names the cache folder: the same for every job that uses it.
+    unreachable : mapping of int to CollectError
+        The sources, by their place in the manifest, that the leader cannot read from, and why.
     """
 
     whole: Mapping[int, str] = field(default_factory=dict)
+    parts: Mapping[int, Extents] = field(default_factory=dict)
+    busy: bool = False
+    cache: str = ""
+    unreachable: Mapping[int, CollectError] = field(default_factory=dict)
 
 
-def survey(layout: CacheLayout, manifest: Manifest) -> Survey:
-    """Look which files of the manifest are whole in the cache."""
-    found = {}
-    for index, (pinned, file) in enumerate(manifest.staged()):
-        if is_whole(layout, pinned, file):
-            digest = known_sha256(layout, pinned, file)
-            if digest is not None:
-                found[index] = digest
-    return Survey(found)
+class Surveyor:
+    """Looks through one cache folder for one operation, and holds the locks on what is missing.
+
+    Parameters
+    ----------
+    layout
+        The cache folder.
+    manifest
+        What is wanted.
+    locks
+        Released by whoever made them.
+    """
+
+    def __init__(self, layout: CacheLayout, manifest: Manifest, locks: Locks) -> None:
+        self.layout, self._locks = layout, locks
+        self.files = list(manifest.staged())
+        self._contents = manifest.contents()
+        self.runs: dict[int, list[Run]] = {}
+
+    def locked(self, index: int) -> bool:
+        """Whether the partial data of a file is this leader's alone."""
+        return self._locks.held(self.layout.lock(*self.files[index]))
+
+    def survey(self, *, wait: bool = False, doubted: Collection[int] = ()) -> Survey:
+        """Look which files are whole, lock the others, and look how far those had come.
+
+        Parameters
+        ----------
+        wait
+            Wait for locks that others hold.
+        doubted
+            Files that turned out wrong somewhere: nothing is believed of them.
+        """
+        for index in doubted:
+            self._doubt(index)
+        whole = self._whole()
+        wanted = self._lock_paths(whole)
+        if wait:
+            self._locks.wait(wanted)
+        busy = self._locks.take(wanted)
+        if wanted:
+            whole = self._whole()  # what others brought before their lock became ours
+        self._locks.release(wanted - self._lock_paths(whole))
+        self.runs = {index: self._runs_of(index) for index in self._contents if index not in whole}
+        parts = {index: Extents((run.start, run.stop) for run in runs) for index, runs in self.runs.items() if runs}
+        return Survey(whole, parts, bool(busy) and not wait, identity(self.layout) if busy else "")
+
+    def release(self) -> None:
+        """Give all locks back."""
+        self._locks.release()
+
+    def _whole(self) -> dict[int, str]:
+        found = {}
+        for index, (pinned, file) in enumerate(self.files):
+            if is_whole(self.layout, pinned, file):
+                digest = known_sha256(self.layout, pinned, file)
+                if digest is not None:
+                    found[index] = digest
+        return found
+
+    def _lock_paths(self, whole: Mapping[int, str]) -> set[Path]:
+        missing = [self.files[index] for index in self._contents if index not in whole]
+        missing.sort(key=lambda entry: -(entry[1].size or 1 << 62))
+        big = [entry for entry in missing if (entry[1].size or 1 << 62) >= _WORTH_A_LOCK][:_LOCKS]
+        paths = {self.layout.lock(pinned, file) for pinned, file in big}
+        return paths | {self.layout.small_lock(pinned) for pinned, _ in missing[len(big) :]}
+
+    def _runs_of(self, index: int) -> list[Run]:
+        pinned, file = self.files[index]
+        if not self.locked(index):
+            return []
+        return right_runs(self.layout.partial_of(pinned, file), file.size, file.key)
+
+    def _doubt(self, index: int) -> None:
+        pinned, file = self.files[index]
+        with contextlib.suppress(OSError):
+            self.layout.verified_note(pinned, file).unlink(missing_ok=True)
+            if not file.checksum:
+                # Nothing says whose bytes are right: nobody's are kept.
+                self.layout.blob(pinned, file).unlink(missing_ok=True)
+        if self.locked(index):
+            discard(self.layout.partial_of(pinned, file))
+
+
+def identity(layout: CacheLayout) -> str:
+    """Name the cache folder; empty where nothing can be written."""
+    with contextlib.suppress(OSError):
+        create_whole(layout.identity, secrets.token_hex(16))
+    with contextlib.suppress(OSError):
+        return layout.identity.read_text()
+    return ""
 
 
 def is_whole(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
@@ -50,19 +156,26 @@ def is_whole(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
 
 
 def known_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
-    """Return the SHA-256 of a whole file: what the manifest says, or what was noted, or by reading a small one.
+    """Return the SHA-256 of a whole file: what the manifest says, or what was noted, or by reading it.
 
-    None when a small file was read and is not what the manifest promises; empty when nobody knows.
+    A big file is read only when it changed since it was last found right. None when it is not what the manifest, or for
+    an origin without checksums the note of its transfer, promises; empty when nobody knows.
     """
-    if file.checksum:
-        # The Hub keeps files as git blobs only up to 10 MB: they are read every time. Big ones only when they changed.
-        big = file.checksum.algorithm == "sha256"
-        if big and is_verified(layout, pinned, file):
-            return file.checksum.hexdigest
-        hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
-        if big and hashes.right:
-            note_verified(layout, pinned, file)
-        return hashes.sha256 if hashes.right else None
+    promised = file.checksum.hexdigest if file.checksum and file.checksum.algorithm == "sha256" else ""
+    noted = promised or ("" if file.checksum else _noted_sha256(layout, pinned, file))
+    big = (file.size or layout.blob(pinned, file).stat().st_size) > _CHEAP
+    if big and noted and is_verified(layout, pinned, file):
+        return noted
+    if not noted and not file.checksum:
+        return ""
+    hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
+    right = hashes.right and noted in ("", hashes.sha256)
+    if big and noted and right:
+        note_verified(layout, pinned, file)
+    return hashes.sha256 if right else None
+
+
+def _noted_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str:
     with contextlib.suppress(OSError, ValueError):
         note = layout.sha256_note(pinned, file).read_text()
         # A crash of the node may have left it empty: then it says nothing.

@@ -7,10 +7,11 @@ collective in it: ranks wait on the job's store, and for as long as the others g
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,8 +101,20 @@ class Control(ABC):
     def check(self) -> None:
         """Raise `Aborted` when the operation has failed elsewhere; called often by long work."""
 
-    def moved(self, count: int) -> None:
-        """Note that `count` bytes of a transfer moved."""
+    def expect(self, count: int) -> None:
+        """Say that so many bytes are to come to this rank in this operation."""
+
+    def moved(self, count: int, peer: bool = False) -> None:
+        """Note that `count` bytes came, from the origin or from a peer."""
+
+    @contextlib.contextmanager
+    def paused(self, reason: str) -> Iterator[None]:
+        """While in this context, bytes stand still for a reason."""
+        yield
+
+    def store(self, name: str) -> Any:
+        """Return the store of this operation below `name`."""
+        raise NotImplementedError
 
     def all_told(self, seconds: float) -> None:
         """Wait until every rank knows of a failure, or is done, at most `seconds`.

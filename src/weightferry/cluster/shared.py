@@ -61,6 +61,10 @@ class Shared(Control):
         self._heart = threading.Thread(target=self._beat, args=(clients, prefix), name="weightferry-beat", daemon=True)
         self._heart.start()
 
+    def store(self, name: str) -> dist.Store:
+        """See `Control.store`."""
+        return dist.PrefixStore(name, self._store)
+
     def check(self) -> None:
         """See `Control.check`."""
         if self._cut_off.is_set() or (self._rounds and self._pointless == self._rounds[-1]):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import submitit
 
 from weightferry.cluster.connect import port_for
+from weightferry.cluster.interfaces import interface_towards
 
 # What torchrun sets for its ranks; a command that makes ranks of its own must not see those of the task it runs in.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
-_SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface; the number from linux/sockios.h
 
 
 @dataclass(frozen=True)
@@ -93,26 +90,3 @@ class Place:
     def export(self, purpose: str, environ: MutableMapping[str, str] = os.environ) -> None:
         """Set them."""
         environ.update(self.variables(purpose, environ))
-
-
-def interface_towards(host: str) -> str:
-    """Name the interface whose address this machine uses towards `host`; empty when there is none."""
-    try:
-        address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # of a datagram socket: asks the routing table, sends nothing
-            ours = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                if _address_of(probe, name) == ours:
-                    return name
-    except OSError:
-        return ""
-    return ""
-
-
-def _address_of(probe: socket.socket, interface: str) -> str:
-    try:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-    except OSError:
-        return ""  # an interface without an IPv4 address
-    return socket.inet_ntoa(answer[20:24])

@@ -42,6 +42,17 @@ class Origin(Protocol):
         """
         ...
 
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """Ask, without its content, whether this process may read a file: one request, no second try.
+
+        Raises
+        ------
+        Unreachable
+            There is no way to the origin from here.
+        SourceNotFound, AccessDenied, OriginError
+        """
+        ...
+
     def read(
         self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
@@ -80,6 +91,10 @@ class TransientOriginError(OriginError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (*super().__reduce__(), {"retry_after": self.retry_after})
+
+
+class Unreachable(TransientOriginError):
+    """There is no way to the origin at this moment: no such name, nobody listens, no answer to a connection."""
 
 
 class RangeIgnored(Exception):

@@ -33,6 +33,11 @@ class FilesystemOrigin:
             files = {file.path: file for path in paths for file in _files(root, path)}
         return Pinned(source, "", tuple(files[path] for path in sorted(files)))
 
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """See `Origin.reach`."""
+        with _translated(Path(pinned.source.root) / path):
+            (Path(pinned.source.root) / path).stat()
+
     @contextlib.contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""

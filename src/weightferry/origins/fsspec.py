@@ -38,6 +38,12 @@ class FsspecOrigin:
         files = tuple(found[path] for path in sorted(found))
         return Pinned(source, listing_commit(files), files)
 
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """See `Origin.reach`."""
+        with _translated(pinned.source):
+            fs, root = _open(pinned.source)
+            fs.info(_below(root, path))
+
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceChanged, SourceNotFound, redact
 from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import RangeIgnored, TransientOriginError
+from weightferry.origins.base import RangeIgnored, TransientOriginError, Unreachable
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -62,18 +62,40 @@ class HttpOrigin:
         return Pinned(source, listing_commit(files), files)
 
     def _look(self, source: Source, path: str) -> File:
-        url = _url(source, path)
-        with translated(str(_named(source, path))):
-            response = self._client.head(url, headers=_IDENTITY)
-            if response.status_code in (403, 405, 501):
-                # Signed URLs are often signed for GET alone, and some servers know no HEAD.
-                with self._client.stream("GET", url, headers={**_IDENTITY, "Range": "bytes=0-0"}) as response:
-                    pass
-            raise_for_status(response, str(_named(source, path)))
+        response = self._head(source, path)
+        ranges = response.headers.get("Accept-Ranges", "").lower() == "bytes" or response.status_code == 206
+        if not ranges and response.request.method == "HEAD":
+            # Not every server that sends ranges says so: the answer to a request for one tells, and the size too.
+            response = self._first_byte(source, path)
+            ranges = response.status_code == 206
         size = _total_size(response.headers, response.status_code)
         # Without any validator nothing says that a cached copy is still the file: this moment is then its version.
         version = _version(response.headers) or f"seen {time.time_ns()}"
-        return File(path, size, version=version)
+        return File(path, size, version=version, ranges=ranges)
+
+    def _head(self, source: Source, path: str) -> Any:
+        """Ask for the headers of a file."""
+        with translated(str(_named(source, path))):
+            response = self._client.head(_url(source, path), headers=_IDENTITY)
+            if response.status_code in (403, 405, 501):
+                # Signed URLs are often signed for GET alone, and some servers know no HEAD.
+                return self._first_byte(source, path)
+            raise_for_status(response, str(_named(source, path)))
+        return response
+
+    def _first_byte(self, source: Source, path: str) -> Any:
+        with (
+            translated(str(_named(source, path))),
+            self._client.stream("GET", _url(source, path), headers={**_IDENTITY, "Range": "bytes=0-0"}) as response,
+        ):
+            if response.status_code == 416:  # there is no first byte in an empty file
+                return self._client.head(_url(source, path), headers=_IDENTITY)
+            raise_for_status(response, str(_named(source, path)))
+        return response
+
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """See `Origin.reach`."""
+        self._head(pinned.source, path)
 
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
@@ -139,6 +161,8 @@ def translated(subject: str) -> Iterator[None]:
     """Turn the HTTP library's errors into ours."""
     try:
         yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise Unreachable(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
     except httpx.TransportError as error:
         kind = type(error).__name__
         raise TransientOriginError(redact(f"{kind}: {error}"), subject=subject) from error

@@ -56,14 +56,26 @@ class HubOrigin:
         commit = _hex(info.sha or "", 40, subject)
         return Pinned(source, commit, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
 
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """See `Origin.reach`; the Hub's redirect to the content is answer enough."""
+        subject = f"{pinned.name}/{path}"
+        headers = {**_headers(), "Range": "bytes=0-0"}
+        options = {"headers": headers, "timeout": timeouts(self._settings), "follow_redirects": False}
+        session = _Checked(get_session(), pinned.source, subject)
+        with translated(subject), session.stream("GET", self._url(pinned, path), **options):
+            pass
+
+    def _url(self, pinned: Pinned, path: str) -> str:
+        # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
+        source = pinned.source
+        return hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(pinned.commit, safe=""))
+
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
-        source, subject = pinned.source, f"{pinned.name}/{path}"
-        # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
-        url = hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(pinned.commit, safe=""))
-        session = _Checked(get_session(), source, subject)
-        with get_range(session, url, _headers(), subject, start, stop, timeout=timeouts(self._settings)) as response:
+        subject, timeout = f"{pinned.name}/{path}", timeouts(self._settings)
+        session = _Checked(get_session(), pinned.source, subject)
+        with get_range(session, self._url(pinned, path), _headers(), subject, start, stop, timeout=timeout) as response:
             yield response.iter_raw()
 
 

@@ -54,7 +54,7 @@ class Fault:
     """
 
     path: str = ""
-    on: Literal["read", "resolve"] = "read"
+    on: Literal["read", "reach", "resolve"] = "read"
     times: int | None = 1
     error: Exception | None = None
     cut_after: int | None = None
@@ -161,6 +161,14 @@ class FakeOrigin:
             return File(path, len(content) if self._sizes else None, checksum, version)
         except BadRequest as error:
             raise reject_climbing(path, subject) from error
+
+    def reach(self, pinned: Pinned, path: str) -> None:
+        """See `Origin.reach`."""
+        fault = self._fault("reach", path)
+        if fault.error:
+            raise fault.error
+        if path not in self.files:
+            raise SourceNotFound("no such file", subject=f"{pinned.name}/{path}")
 
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:

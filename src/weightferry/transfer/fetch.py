@@ -1,49 +1,86 @@
-"""Read one file from its origin into partial data, hash it on the way, and let nothing wrong through."""
+"""Read from an origin: a range of a big file to its place, or a small file whole."""
 
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
-from typing import BinaryIO
+import zlib
+from collections.abc import Callable, Iterator
 
+from weightferry.cache.partial import Run
 from weightferry.errors import IntegrityError, SourceChanged
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Pinned
 from weightferry.origins.base import Origin, RangeIgnored, TransientOriginError
 from weightferry.origins.retry import Retry, Watch
 from weightferry.settings import Settings
+from weightferry.transfer.arriving import Arriving
 
 logger = logging.getLogger(__name__)
 
+# What is lost of a range when its reader is killed, at most; and how often readers of other leaders hear of new bytes.
+_NOTED_EVERY = 1 << 20
 
-def fetch(origin: Origin, pinned: Pinned, file: File, partial: Path, settings: Settings, watch: Watch) -> str:
-    """Bring one file into `partial`.
 
-    Bytes that are not the promised ones are asked for once more.
+def fetch_range(
+    origin: Origin,
+    arriving: Arriving,
+    span: tuple[int, int | None],
+    settings: Settings,
+    watch: Watch,
+    noted: Callable[[], None],
+) -> None:
+    """Read bytes from `span[0]` to `span[1]` (None: to the end, wherever it is) of a file to their place.
+
+    Parameters
+    ----------
+    noted
+        Called after each part of it is there.
+
+    Raises
+    ------
+    CollectError
+        What the origin says, its transient errors after the retries of the settings.
+    """
+    start, stop = span
+    partial, crc, noted_to = arriving.partial, 0, start
+    end = start
+    try:
+        for chunk in read(origin, arriving.pinned, arriving.file, span, settings, watch):
+            partial.write(end, chunk)
+            crc, end = zlib.crc32(chunk, crc), end + len(chunk)
+            if end - noted_to >= _NOTED_EVERY:
+                arriving.note(Run(noted_to, end, crc))
+                noted_to, crc = end, 0
+                noted()
+    finally:
+        if end > noted_to:
+            arriving.note(Run(noted_to, end, crc))
+    if stop is None:
+        arriving.end_at(end)
+    noted()
+
+
+def fetch_whole(origin: Origin, pinned: Pinned, file: File, settings: Settings, watch: Watch) -> tuple[bytes, str]:
+    """Read a small file; bytes that are not the promised ones are asked for once more.
 
     Returns
     -------
-    str
-        The SHA-256 of the bytes.
+    bytes, str
+        The bytes and their SHA-256.
 
     Raises
     ------
     IntegrityError
         Wrong bytes twice.
-    OSError
-        No space: found before the first byte, since the file is allocated whole.
     CollectError
-        What the origin says, its transient errors after the retries of the settings.
+        As for `fetch_range`.
     """
-    partial.parent.mkdir(parents=True, exist_ok=True)
     for attempt in (1, 2):
-        with partial.open("wb", buffering=0) as out:
-            if file.size:
-                _allocate(out, file.size, partial)
-            hashes = _read(origin, pinned, file, out, settings, watch)
+        content = b"".join(read(origin, pinned, file, (0, file.size), settings, watch))
+        hashes = Hashes(file.checksum, file.size)
+        hashes.update(content)
         if hashes.right:
-            return hashes.sha256
+            return content, hashes.sha256
         logger.warning("%s/%s: wrong bytes came (attempt %d)", pinned.name, file.path, attempt)
     raise IntegrityError(
         f"the origin sends other bytes than it promises, twice: expected {file.checksum}, got {hashes.got}",
@@ -51,53 +88,42 @@ def fetch(origin: Origin, pinned: Pinned, file: File, partial: Path, settings: S
     )
 
 
-def _allocate(out: BinaryIO, size: int, partial: Path) -> None:
-    """Take the space before the first byte comes: a full disk is found now, not in half an hour."""
-    try:
-        os.posix_fallocate(out.fileno(), 0, size)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} ({size} bytes are needed)", str(partial.parent)) from error
-
-
-def _read(origin: Origin, pinned: Pinned, file: File, out: BinaryIO, settings: Settings, watch: Watch) -> Hashes:
-    """Read until the file is whole, going on where a broken connection left off."""
-    retry = Retry(settings, watch)
-    hashes, done, furthest = Hashes(file.checksum, file.size), 0, 0
+def read(
+    origin: Origin, pinned: Pinned, file: File, span: tuple[int, int | None], settings: Settings, watch: Watch
+) -> Iterator[bytes]:
+    """Yield the bytes of a range in order, going on where a broken connection left off."""
+    retry, name = Retry(settings, watch), f"{pinned.name}/{file.path}"
+    (done, stop), ranged = span, file.ranges
+    # The end is not named where it is the file's own: what is asked for whole needs no range at all.
+    last = None if stop == file.size else stop
     while True:
+        position = done if ranged else 0
         try:
-            with origin.read(pinned, file.path, done) as chunks:
+            with origin.read(pinned, file.path, position, last if ranged else None) as chunks:
                 for chunk in chunks:
                     watch.check()
                     watch.moved(len(chunk))
-                    _no_more_than_promised(done + len(chunk), pinned, file)
-                    out.write(chunk)
-                    hashes.update(chunk)
-                    done += len(chunk)
-                    if done > furthest:  # bytes that came before are no progress: a server may cut there for ever
-                        furthest = done
+                    fresh = chunk[max(0, done - position) : None if stop is None else stop - position]
+                    position += len(chunk)
+                    _no_more_than_promised(position, file, name)
+                    if fresh:
+                        done += len(fresh)
                         retry.moved()
-            _all_there(done, pinned, file)
+                        yield fresh
+                    if done == last:
+                        return
+            if stop is None or done == stop:
+                return
+            raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=name)
         except TransientOriginError as error:
-            if done == file.size:
-                return hashes  # cut after the last byte: there is no range left to ask for
+            if done == stop:
+                return  # cut after the last byte: there is no range left to ask for
             retry.wait(error)
-        except RangeIgnored as error:
-            retry.wait(TransientOriginError("ranges are ignored: starting again", subject=str(error)))
-            out.seek(0)
-            if file.size is None:
-                out.truncate()
-            hashes, done = Hashes(file.checksum, file.size), 0
-        else:
-            return hashes
+        except RangeIgnored:
+            logger.info("%s: ranges are ignored, reading from the beginning", name)
+            ranged = False
 
 
-def _no_more_than_promised(done: int, pinned: Pinned, file: File) -> None:
-    if file.size is not None and done > file.size:
-        subject = f"{pinned.name}/{file.path}"
-        raise SourceChanged(f"the origin sends {done} bytes or more where it promised {file.size}", subject=subject)
-
-
-def _all_there(done: int, pinned: Pinned, file: File) -> None:
-    if file.size is not None and done < file.size:
-        subject = f"{pinned.name}/{file.path}"
-        raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=subject)
+def _no_more_than_promised(position: int, file: File, name: str) -> None:
+    if file.size is not None and position > file.size:
+        raise SourceChanged(f"the origin sends {position} bytes or more where it promised {file.size}", subject=name)

@@ -1,25 +1,154 @@
-"""Who reads what from where: a pure function of the manifest and the surveys."""
+"""Who reads what from where: a pure function of the manifest and the surveys, the same on every rank.
+
+The leaders form a ring in the order of their ranks. A piece that a domain lacks is read by its leader from the origin,
+or comes from its left neighbour; whoever has a piece that its right neighbour lacks, and does not read itself, passes
+it on as it comes. So a piece that some domain holds never leaves the origin again, and every other one leaves it once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from weightferry.cache.extents import Extents
 from weightferry.cache.survey import Survey
+from weightferry.manifest import Manifest
+from weightferry.transfer.pieces import Piece, cut
 
 
-def plan(count: int, surveys: Mapping[int, Survey]) -> dict[int, tuple[int, ...]]:
-    """Decide which files each leader reads from the origin.
+@dataclass(frozen=True)
+class Plan:
+    """What every leader does.
+
+    Attributes
+    ----------
+    pieces : tuple of Piece
+        All that some domain lacks.
+    lacks : mapping of int to frozenset of int
+        By leader, the pieces that its domain lacks.
+    reads : mapping of int to tuple of int
+        By leader, the pieces that it reads from the origin.
+    """
+
+    pieces: tuple[Piece, ...]
+    lacks: Mapping[int, frozenset[int]]
+    reads: Mapping[int, tuple[int, ...]]
+
+    @property
+    def ring(self) -> tuple[int, ...]:
+        """The leaders in their order."""
+        return tuple(self.lacks)
+
+    def left(self, leader: int) -> int:
+        """The neighbour that passes pieces to `leader`."""
+        return self.ring[self.ring.index(leader) - 1]
+
+    def right(self, leader: int) -> int:
+        """The neighbour that `leader` passes pieces to."""
+        return self.ring[(self.ring.index(leader) + 1) % len(self.ring)]
+
+    def passed_to(self, leader: int) -> frozenset[int]:
+        """The pieces that come to `leader` from its left neighbour."""
+        return self.lacks[leader] - frozenset(self.reads[leader])
+
+    def passed_by(self, leader: int) -> frozenset[int]:
+        """The pieces that `leader` passes to its right neighbour."""
+        return self.passed_to(self.right(leader)) if len(self.ring) > 1 else frozenset()
+
+    def bytes_for(self, leader: int) -> int:
+        """Bytes of the pieces that the domain of `leader` lacks, as far as it is known."""
+        return sum(self.pieces[number].size for number in self.lacks[leader])
+
+    def edges_of(self, leader: int) -> list[tuple[int, int]]:
+        """The connections of `leader`, each as its left and right end, in the order in which to make them.
+
+        Neighbours make them at the same time: all of one colour before those of the next, and no leader has two of
+        one colour. A ring of even length has two colours, the last connection of an odd one is the third.
+        """
+        size = len(self.ring)
+
+        def colour(place: int) -> int:
+            return 2 if size % 2 and place == 0 else place % 2
+
+        mine = [
+            (colour(place), place, (self.left(right), right))
+            for place, right in enumerate(self.ring)
+            if leader in (self.left(right), right) and self.passed_to(right) and size > 1
+        ]
+        return [edge for _, _, edge in sorted(mine)]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What one leader needs to know of a transfer.
+
+    Attributes
+    ----------
+    plan : Plan
+        The same for all leaders.
+    lacking : tuple of int
+        The files that are not whole in this domain.
+    hosts : mapping of int to str
+        By leader, its host.
+    attempt : int
+        Transfers of one operation have different numbers.
+    """
+
+    plan: Plan
+    lacking: tuple[int, ...]
+    hosts: Mapping[int, str]
+    attempt: int = 1
+
+
+def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
+    """Decide.
 
     Parameters
     ----------
-    count
-        Number of files to stage; a file is named by its place in `Manifest.staged()`.
+    manifest
+        What is wanted.
     surveys
-        By leader, what its domain holds.
+        By leader, what its domain holds, and whether it reaches the origins.
 
-    Returns
-    -------
-    dict of int to tuple of int
-        By leader, the files that its domain lacks.
+    Raises
+    ------
+    CollectError
+        Nobody holds a piece, and no leader can read it: the first leader's own reason.
     """
-    return {leader: tuple(i for i in range(count) if i not in held.whole) for leader, held in surveys.items()}
+    files = [file for _, file in manifest.staged()]
+    wanted = [i for i in manifest.contents() if any(i not in held.whole for held in surveys.values())]
+    able = sum(1 for held in surveys.values() if not held.unreachable)
+    pieces = cut(files, wanted, able, lambda index: tuple(index in held.whole for held in surveys.values()))
+    lacks = {
+        leader: frozenset(n for n, piece in enumerate(pieces) if not _holds(held, piece))
+        for leader, held in surveys.items()
+    }
+    reads: dict[int, list[int]] = {leader: [] for leader in surveys}
+    load = dict.fromkeys(surveys, 0)
+    for number, piece in enumerate(pieces):
+        if all(number in missing for missing in lacks.values()):
+            reader = _reader(piece, manifest.source_of(piece.files[0]), surveys, load)
+            reads[reader].append(number)
+            load[reader] += piece.size - _held(surveys[reader], piece)
+    return Plan(pieces, lacks, {leader: tuple(numbers) for leader, numbers in reads.items()})
+
+
+def _reader(piece: Piece, source: int, surveys: Mapping[int, Survey], load: Mapping[int, int]) -> int:
+    """Choose among those that reach the source: who has most of it already, then who has least to read."""
+    able = [leader for leader, held in surveys.items() if source not in held.unreachable]
+    if not able:
+        raise next(iter(surveys.values())).unreachable[source]
+    return min(able, key=lambda leader: (-_held(surveys[leader], piece), load[leader]))
+
+
+def _holds(held: Survey, piece: Piece) -> bool:
+    if all(file in held.whole for file in piece.files):
+        return True
+    return not piece.bundle and piece.size > 0 and _held(held, piece) == piece.size
+
+
+def _held(held: Survey, piece: Piece) -> int:
+    """Bytes of a piece that are there in part of a file."""
+    if piece.bundle or piece.stop is None:
+        return 0
+    return held.parts.get(piece.files[0], Extents()).within(piece.start, piece.stop)

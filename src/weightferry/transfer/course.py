@@ -1,0 +1,128 @@
+"""The course of one leader's transfer: its threads, what has moved, which files have come, what went wrong first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from weightferry.cluster.control import Control
+from weightferry.transfer.arriving import Wrong
+
+_LOOK_EVERY = 0.2  # seconds between two looks whether the operation still goes on
+
+
+class Stopped(Exception):
+    """Another thread of the same leader failed: this one gives up."""
+
+
+class Course:
+    """Runs the threads of a transfer and waits for them.
+
+    Threads that are told to stop may be inside a call that ends later: they are left behind, touch nothing any more
+    once it returns, and do not keep the process alive.
+
+    Parameters
+    ----------
+    control
+        Of the operation: bytes are told to it, and it says when there is no point in going on.
+    lacking
+        The files that must come, by place.
+
+    Attributes
+    ----------
+    origin_bytes, peer_bytes_in, peer_bytes_out : int
+        What has moved so far.
+    sha256, wrong : dict
+        What became of the files that have come.
+    stop : threading.Event
+        Set when there is no point in going on.
+    """
+
+    def __init__(self, control: Control, lacking: Iterable[int]) -> None:
+        self._control, self._awaited = control, set(lacking)
+        self.origin_bytes = self.peer_bytes_in = self.peer_bytes_out = 0
+        self.sha256: dict[int, str] = {}
+        self.wrong: dict[int, Wrong] = {}
+        self.stop = threading.Event()
+        self._running = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"Course({self._running} threads, {len(self._awaited)} files to come, error={self._error!r})"
+
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        """Run `work` in a thread; what it raises ends the transfer."""
+        with self._changed:
+            self._running += 1
+        threading.Thread(target=self._run, args=(work,), name=f"weightferry-{name}", daemon=True).start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 -- raised again where the transfer is waited for
+            self.fail(error)
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """End the transfer; the first failure in time is the cause, others may only have been told to stop."""
+        with self._changed:
+            self._error = self._error or error
+            self.stop.set()
+            self._changed.notify_all()
+
+    def ended(self, index: int, end: str | Wrong | Exception) -> None:
+        """Note what became of a file."""
+        if isinstance(end, Exception):
+            self.fail(end)
+            return
+        with self._changed:
+            if isinstance(end, Wrong):
+                self.wrong[index] = end
+            else:
+                self.sha256[index] = end
+            self._awaited.discard(index)
+            self._changed.notify_all()
+
+    def moved(self, count: int) -> None:
+        """Count bytes from the origin."""
+        with self._changed:
+            self.origin_bytes += count
+        self._control.moved(count)
+
+    def received(self, count: int) -> None:
+        """Count bytes from a peer."""
+        with self._changed:
+            self.peer_bytes_in += count
+        self._control.moved(count, peer=True)
+
+    def sent(self, count: int) -> None:
+        """Count bytes to a peer."""
+        with self._changed:
+            self.peer_bytes_out += count
+
+    def check(self) -> None:
+        """Raise when there is no point in going on."""
+        if self.stop.is_set():
+            raise Stopped
+        self._control.check()
+
+    def wait(self) -> None:
+        """Wait until all threads are done and all files have come.
+
+        Raises
+        ------
+        BaseException
+            The first thing that went wrong.
+        """
+        try:
+            with self._changed:
+                while self._error is None and (self._running or self._awaited):
+                    self._changed.wait(_LOOK_EVERY)
+                    self._control.check()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.stop.set()

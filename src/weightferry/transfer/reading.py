@@ -1,0 +1,116 @@
+"""What a leader reads from the origins: piece after piece, over several connections."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from weightferry.errors import CollectError, OriginError, at
+from weightferry.manifest import Manifest
+from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
+from weightferry.settings import Settings
+from weightferry.transfer.course import Course
+from weightferry.transfer.fetch import fetch_range, fetch_whole
+from weightferry.transfer.pieces import Piece
+from weightferry.transfer.stock import Stock
+
+
+class Reading:
+    """Reads pieces into the stock.
+
+    Parameters
+    ----------
+    stock
+        Where the bytes go.
+    noted
+        Called with the place of a file after more of it is there.
+    course
+        Runs the threads, one for each connection.
+    origins
+        Makes the origin of a scheme; each is made once.
+    """
+
+    def __init__(
+        self,
+        stock: Stock,
+        noted: Callable[[int], None],
+        settings: Settings,
+        course: Course,
+        origins: Callable[[str, Settings], Origin],
+    ) -> None:
+        self._stock, self._noted, self._settings, self._course = stock, noted, settings, course
+        self._make, self._origins = origins, dict[str, Origin]()
+        self._pieces = deque[Piece]()
+
+    def start(self, numbers: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """Begin to read these pieces, in their order."""
+        self._pieces.extend(pieces[number] for number in numbers)
+        for piece in self._pieces:
+            scheme = self._stock.files[piece.files[0]][0].source.scheme
+            if scheme not in self._origins:
+                self._origins[scheme] = self._make(scheme, self._settings)
+        for _ in range(min(self._settings.connections, len(self._pieces))):
+            self._course.start("read", self._run)
+
+    def _run(self) -> None:
+        while True:
+            self._course.check()
+            try:
+                piece = self._pieces.popleft()
+            except IndexError:
+                return
+            self._piece(piece)
+
+    def _piece(self, piece: Piece) -> None:
+        for index in piece.files:
+            pinned, file = self._stock.files[index]
+            with at(subject=f"{pinned.name}/{file.path}"):
+                if piece.bundle:
+                    self._small(index)
+                else:
+                    self._range(index, piece)
+
+    def _small(self, index: int) -> None:
+        if self._stock.is_missing(index):
+            pinned, file = self._stock.files[index]
+            origin = self._origins[pinned.source.scheme]
+            content, sha256 = fetch_whole(origin, pinned, file, self._settings, self._course)
+            self._stock.keep(index, content, sha256)
+        self._noted(index)
+
+    def _range(self, index: int, piece: Piece) -> None:
+        arriving = self._stock.arriving[index]
+        origin = self._origins[arriving.pinned.source.scheme]
+        spans = [(piece.start, None)] if piece.stop is None else arriving.missing(piece.start, piece.stop)
+        for span in spans:
+            fetch_range(origin, arriving, span, self._settings, self._course, lambda: self._noted(index))
+
+
+def unreachable(
+    manifest: Manifest,
+    missing: Sequence[int],
+    settings: Settings,
+    origins: Callable[[str, Settings], Origin] = origin_for,
+) -> dict[int, CollectError]:
+    """Ask of each source that has something missing whether this rank may read one of its files.
+
+    An origin that answers that it is busy was reached.
+
+    Returns
+    -------
+    dict of int to CollectError
+        By the place of a source in the manifest, why not.
+    """
+    files = list(manifest.staged())
+    cannot: dict[int, CollectError] = {}
+    for source, index in {manifest.source_of(index): index for index in missing}.items():
+        pinned, file = files[index]
+        name = f"{pinned.name}/{file.path}"
+        try:
+            origins(pinned.source.scheme, settings).reach(pinned, file.path)
+        except TransientOriginError as error:
+            if isinstance(error, Unreachable):
+                cannot[source] = OriginError(f"cannot be reached: {error}", subject=name)
+        except CollectError as error:
+            cannot[source] = error
+    return cannot

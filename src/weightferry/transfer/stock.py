@@ -1,0 +1,174 @@
+"""What one leader has of the pieces of a transfer: where their bytes go, and where they are read again."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from threading import Lock
+
+from weightferry.cache.partial import discard
+from weightferry.cache.publish import publish
+from weightferry.cache.survey import Surveyor
+from weightferry.errors import IntegrityError, at
+from weightferry.hashing import Hashes
+from weightferry.transfer.arriving import Arriving, Wrong
+from weightferry.transfer.pieces import Frame, Piece, is_small
+
+
+class Stock:
+    """The files that a domain lacks, as they come, and those that it holds, for the neighbour that lacks them.
+
+    Parameters
+    ----------
+    surveyor
+        Of this domain's cache; its locks are held.
+    lacking
+        The files that are not whole.
+    pieces
+        Of the plan.
+    pool
+        Hashes and publishes.
+    ended
+        Called once for each lacking file, with its place and what became of it; see `Arriving`.
+    """
+
+    def __init__(
+        self,
+        surveyor: Surveyor,
+        lacking: Sequence[int],
+        pieces: tuple[Piece, ...],
+        pool: Executor,
+        ended: Callable[[int, str | Wrong | Exception], None],
+    ) -> None:
+        self._surveyor, self._layout, self.files = surveyor, surveyor.layout, surveyor.files
+        self._pieces, self._ended = pieces, ended
+        self._lock = Lock()
+        self._missing = set(lacking)
+        self._private: list[Arriving] = []
+        self.arriving: dict[int, Arriving] = {
+            index: self._arrival(index, pool) for index in lacking if not is_small(self.files[index][1])
+        }
+
+    def __repr__(self) -> str:
+        return f"Stock(missing={sorted(self._missing)})"
+
+    def _arrival(self, index: int, pool: Executor) -> Arriving:
+        entry = self.files[index]
+        locked = self._surveyor.locked(index)
+        path = self._layout.partial_of(*entry) if locked else self._layout.new_partial(*entry)
+        made = Arriving(
+            self._layout, entry, path, self._surveyor.runs.get(index, []), pool, lambda end: self._end(index, end)
+        )
+        if not locked:
+            self._private.append(made)
+        return made
+
+    def _end(self, index: int, end: str | Wrong | Exception) -> None:
+        with self._lock:
+            if index not in self._missing:
+                return
+            self._missing.discard(index)
+        self._ended(index, end)
+
+    def begin(self) -> None:
+        """Take the space for all files, and go on with what was there of them before."""
+        for arriving in self.arriving.values():
+            with at(subject=f"{arriving.pinned.name}/{arriving.file.path}"):
+                arriving.begin()
+
+    def close(self) -> None:
+        """Remove what nobody would find again; partial data under its own name stays."""
+        for arriving in self._private:
+            discard(arriving.path)
+
+    def is_missing(self, index: int) -> bool:
+        """Whether a file is neither published nor given up."""
+        with self._lock:
+            return index in self._missing
+
+    def end_of(self, piece: Piece) -> int | None:
+        """Where a piece ends; None while nobody knows."""
+        if piece.stop is not None or piece.files[0] not in self.arriving:
+            return piece.stop if piece.stop is not None else self._blob_size(piece.files[0])
+        return self.arriving[piece.files[0]].size
+
+    def _blob_size(self, index: int) -> int:
+        return self._layout.blob(*self.files[index]).stat().st_size
+
+    def has(self, piece: Piece, start: int, stop: int) -> bool:
+        """Whether bytes `start` to `stop` of a piece are there, to be passed on."""
+        if piece.bundle:
+            return not any(self.is_missing(index) for index in piece.files)
+        arriving = self.arriving.get(piece.files[0])
+        return arriving is None or arriving.covers(start, stop)
+
+    def window(self, frame: Frame) -> mmap.mmap:
+        """Map the bytes of a frame: what is written there is in the file."""
+        index = self._pieces[frame.piece].files[0]
+        arriving = self.arriving.get(index)
+        length = frame.stop - frame.start
+        if arriving is None:
+            descriptor = os.open(self._layout.blob(*self.files[index]), os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            descriptor = arriving.open(os.O_RDWR)
+            if arriving.file.size is None and os.fstat(descriptor).st_size < frame.stop:
+                os.ftruncate(descriptor, frame.stop)
+        # A private mapping of a file that is only read: its pages are the page cache's own as long as nobody writes.
+        access = mmap.ACCESS_COPY if arriving is None else mmap.ACCESS_WRITE
+        try:
+            return mmap.mmap(descriptor, length, access=access, offset=frame.start)
+        finally:
+            os.close(descriptor)
+
+    def came(self, frame: Frame, *, last: bool) -> None:
+        """Take note of a frame whose bytes were written to its window."""
+        arriving = self.arriving[self._pieces[frame.piece].files[0]]
+        if frame.stop > frame.start:
+            arriving.note_file(frame.start, frame.stop)
+        if last and arriving.file.size is None:
+            arriving.end_at(frame.stop)
+
+    def bundle(self, piece: Piece) -> bytes:
+        """Read the files of a bundle, one after the other."""
+        return b"".join(self._layout.blob(*self.files[index]).read_bytes() for index in piece.files)
+
+    def unbundle(self, piece: Piece, content: memoryview, sender: str) -> None:
+        """Publish the files of a bundle that came from a peer.
+
+        Raises
+        ------
+        IntegrityError
+            They are not what that peer had checked.
+        """
+        for index, part in zip(piece.files, self._split(piece, content), strict=True):
+            if self.is_missing(index):
+                pinned, file = self.files[index]
+                hashes = Hashes(file.checksum, file.size)
+                hashes.update(part)
+                if not hashes.right:
+                    text = f"came damaged from {sender}: expected {file.checksum}, got {hashes.got}"
+                    raise IntegrityError(text, subject=f"{pinned.name}/{file.path}")
+                self.keep(index, part, hashes.sha256)
+
+    def _split(self, piece: Piece, content: memoryview) -> Iterator[memoryview]:
+        start = 0
+        for index in piece.files:
+            stop = start + (self.files[index][1].size or 0)
+            yield content[start:stop]
+            start = stop
+
+    def keep(self, index: int, content: bytes | memoryview, sha256: str) -> None:
+        """Publish a small file whose bytes are the right ones."""
+        pinned, file = self.files[index]
+        path = self._layout.new_partial(pinned, file)
+        with at(subject=f"{pinned.name}/{file.path}"):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                with at(phase="publish"):
+                    publish(self._layout, pinned, file, path, sha256, sync=False)
+            finally:
+                discard(path)
+        self._end(index, sha256)
