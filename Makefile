@@ -9,10 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
 
+# Those of tests/cluster run on a real Slurm cluster of this machine's own (slurm/testbed), which needs root on Debian;
+# otherwise they are skipped, and say so.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 tests/unit tests/contract tests/multiprocess
+	$(BIN)/python -m pytest -n 2 tests
 
-# On a real Slurm cluster of this machine's own (slurm/testbed): as root, on Debian; about five minutes.
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
 

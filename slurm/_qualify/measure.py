@@ -26,7 +26,7 @@ def measure(question: Question) -> Findings:
         The same on every rank, when a rank died or something went wrong that is no property of a folder.
     """
     settings = Settings.from_environ(cache_dir=Work(Path(question.cache_dir), question.run).cache)
-    with removed_at_the_end(question), operation(settings) as control:
+    with removed_at_the_end(question), operation(settings, "qualify") as control:
         nodes: Mapping[int, Node] = control.round("look", lambda: _look(question, control.rank), dict)
         hosts = {rank: node["host"] for rank, node in nodes.items()}
         usable = not any(node["cache"]["problem"] for node in nodes.values())

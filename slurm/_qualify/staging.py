@@ -48,7 +48,7 @@ def _stage(control: Control, url: str, settings: Settings, staged: Staged) -> No
     from weightferry.staging import collect
 
     with _without_proxy(url):
-        collected = collect(lambda: Wish({"": Ask.of(url)}), control, settings, "stage")
+        collected = collect(lambda: Wish({"": Ask.of(url)}), control, settings)
     staged["seconds"] = collected.report.total["seconds"]
     by_leader = {domain.leader_rank: domain.origin_bytes for domain in collected.report.domains}
     staged["nodes_origin_bytes"] = [by_leader.get(rank, 0) for rank in range(control.world_size)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 from .errors import TestbedError
 
@@ -62,8 +65,13 @@ def ensure_packages() -> None:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise TestbedError(f"the Slurm testbed needs {', '.join(missing)}. Install with: {_install_line(missing)}")
-    _apt("update")
-    _apt("install", "--yes", "--no-install-recommends", *missing)
+    # apt-get does not wait for another one to end, and several test workers may find the same things missing.
+    # A bare flock: hosts run this file with the standard library alone.
+    with (Path(tempfile.gettempdir()) / "weightferry-testbed-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if missing := missing_packages():
+            _apt("update")
+            _apt("install", "--yes", "--no-install-recommends", *missing)
     if still := missing_packages():
         raise TestbedError(f"apt-get installed without an error, yet {', '.join(still)} is still missing")
 

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         PlanMismatch,
         SourceChanged,
         SourceNotFound,
+        Stalled,
         UnsafeFile,
     )
+    from weightferry.leading import run_on_leader, run_on_main
     from weightferry.loading.registry import (
         DEFAULT_LOAD_HOOKS,
         DEFAULT_TRANSFER_HOOKS,
@@ -44,8 +46,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "weightferry.errors": (
         "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NotDistributed "
-        "OriginError PlanMismatch SourceChanged SourceNotFound UnsafeFile"
+        "OriginError PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
+    "weightferry.leading": "run_on_leader run_on_main",
     "weightferry.loading.registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "
         "register_checkpoint_hooks"
@@ -78,12 +81,15 @@ __all__ = [
     "Settings",
     "SourceChanged",
     "SourceNotFound",
+    "Stalled",
     "UnsafeFile",
     "__version__",
     "get_default_hook",
     "mark_as_loader",
     "mark_as_transfer",
     "register_checkpoint_hooks",
+    "run_on_leader",
+    "run_on_main",
     "stage",
 ]
 

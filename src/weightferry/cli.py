@@ -81,8 +81,8 @@ def stage(
     try:
         settings = Settings.from_environ(cache_dir=cache_dir)
         topology = read_topology()
-        with joined(settings, topology) as control, _told(topology.rank):
-            collected = collect(wish, control, settings, "stage")
+        with joined(settings, topology, "stage") as control, _told(topology.rank):
+            collected = collect(wish, control, settings)
             if topology.rank == 0:
                 _conclude(collected.report, collected.paths[""], report)
     except CollectError as error:
@@ -113,7 +113,7 @@ def _told(rank: int) -> Iterator[None]:
 
 def _tell(error: CollectError, rank: int) -> None:
     """Say all on rank 0, one short line elsewhere."""
-    text = str(error).removeprefix("failed in ")
+    text = str(error).removeprefix("stage failed in ")
     if rank == 0:
         click.echo(f"weightferry: {type(error).__name__}: {text}", err=True)
     else:

@@ -176,6 +176,10 @@ class LeaderLost(CollectError):
     """A rank that others wait for no longer gives a sign of life."""
 
 
+class Stalled(CollectError):
+    """Bytes stand still: an origin or a rank stopped sending, and asking again did not help."""
+
+
 class LoadError(CollectError):
     """A file is whole, yet its content could not be loaded: damaged, unsafe, of another shape."""
 
@@ -201,6 +205,7 @@ _KINDS: dict[str, type[CollectError]] = {
         SourceChanged,
         IntegrityError,
         LeaderLost,
+        Stalled,
         LoadError,
         UnsafeFile,
         NoHook,
@@ -208,20 +213,33 @@ _KINDS: dict[str, type[CollectError]] = {
 }
 
 
-def from_failures(failures: dict[int, Failure]) -> CollectError:
+_BRIEF = 8
+"""Lines of an error's text where another rank says all."""
+
+
+def from_failures(failures: dict[int, Failure], operation: str = "", *, brief: bool = False) -> CollectError:
     """Make the error that every rank raises, of the class of the failure that explains the others.
 
     That is a rank that died, else the one that comes first in `failures`: rank 0 keeps them in the order in which they
     arrived. The first line of the text names its phase, host, rank, file and cause; the other ranks that failed follow,
     one line each; their tracebacks stay in `failures`.
+
+    Parameters
+    ----------
+    operation
+        What failed: ``collect``, ``stage``, ``load``, ...
+    brief
+        Say no more than a few lines: one rank of a job says all, and the log of the others stays readable.
     """
     first, *others = sorted(failures.values(), key=lambda failure: failure.kind != LeaderLost.__name__)
     kind = _KINDS.get(first.kind, CollectError)
-    lines = [f"failed in {first}"]
+    lines = [f"{operation} failed in {first}".lstrip()]
     same = [other for other in others if (other.kind, other.message) == (first.kind, first.message)]
     if same:
         lines.append(f"  the same on ranks {ranges([f.rank for f in same])}")
     lines += [f"  and in {other}" for other in others if other not in same]
+    if brief and len(lines) > _BRIEF:
+        lines[_BRIEF:] = [f"  and {len(lines) - _BRIEF} more: the log of rank 0 says all"]
     return kind("\n".join(lines), subject=first.subject, failures=failures)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point
 from weightferry.cluster.agree import Wish
-from weightferry.errors import BadRequest, CollectError, SourceNotFound, at
-from weightferry.manifest import File
+from weightferry.cluster.domains import await_visible
+from weightferry.errors import BadRequest, CollectError, IntegrityError, SourceNotFound, at
+from weightferry.manifest import File, Manifest
 from weightferry.origins.resolve import Found, Resolved, files_of
+
+_BLOCK = 1 << 16
+"""Bytes at the beginning of a file that every rank reads: they show whether it sees what was brought."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,63 @@ def _is_already(link: Path, target: Path) -> bool:
     return link.samefile(target) or filecmp.cmp(link, target, shallow=False)
 
 
-def check_readable(shown: Shown, resolved: Resolved) -> None:
-    """Open everything this rank was given, through the links, and compare the sizes.
+@dataclass(frozen=True)
+class Sight:
+    """What a rank must see of the files it was given.
+
+    Attributes
+    ----------
+    blocks : tuple of int
+        Of each file of `Manifest.staged()`, the CRC-32 of its first block, as leaders read it.
+    patience : float
+        Seconds for files to show that other machines made.
+    check : callable
+        Called while waiting; what it raises ends the wait.
+    """
+
+    blocks: tuple[int, ...] = ()
+    patience: float = 0.0
+    check: Callable[[], None] = lambda: None
+
+
+def first_blocks(layout: CacheLayout, manifest: Manifest) -> tuple[int, ...]:
+    """Read the first block of every staged file on a leader, for the others to compare."""
+    blocks = []
+    for pinned, file in manifest.staged():
+        path = layout.pointer(pinned, file)
+        with at(subject=str(path)), path.open("rb") as opened:
+            blocks.append(zlib.crc32(opened.read(_BLOCK)))
+    return tuple(blocks)
+
+
+def agree_on_blocks(manifest: Manifest, said: Mapping[int, tuple[int, ...] | None]) -> tuple[int, ...]:
+    """Compare what leaders read; runs on rank 0.
+
+    Raises
+    ------
+    IntegrityError
+        Two of them see different bytes.
+    """
+    (first, agreed), *others = ((rank, blocks) for rank, blocks in said.items() if blocks is not None)
+    for rank, blocks in others:
+        for (pinned, file), mine, theirs in zip(manifest.staged(), agreed, blocks, strict=True):
+            if mine != theirs:
+                subject = f"{pinned.name}/{file.path}"
+                raise IntegrityError(f"begins differently for ranks {first} and {rank}", subject=subject)
+    return agreed
+
+
+def check_readable(shown: Shown, resolved: Resolved, sight: Sight) -> None:
+    """Open everything this rank was given, through the links, and compare sizes and first blocks.
 
     Raises
     ------
     CollectError
-        Something is not there for this rank, cannot be opened, or has another size than the manifest says.
+        Something is not there for this rank, cannot be opened, or has another size or beginning than expected.
     """
     linked = {target: link for link, target in shown.links.items()}
+    names = ((pinned.name, file.path) for pinned, file in resolved.manifest.staged())
+    blocks = dict(zip(names, sight.blocks, strict=True))
     for name, found in shown.found.items():
         pinned = resolved.manifest.sources[found.source]
         for file in files_of(found, resolved.manifest):
@@ -100,16 +153,21 @@ def check_readable(shown: Shown, resolved: Resolved) -> None:
             # One link for the whole of it, or one for each file, or none.
             is_link = shown.paths[name] in shown.links
             path = shown.paths[name] / below if is_link else linked.get(target, target)
-            _open(path, file, in_place=pinned.in_place)
+            with at(subject=str(path)):
+                _check(path, file, blocks.get((pinned.name, file.path)), sight, in_place=pinned.in_place)
 
 
-def _open(path: Path, file: File, *, in_place: bool) -> None:
-    with at(subject=str(path)):
-        try:
-            with path.open("rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-        except FileNotFoundError as error:
-            where = "a local source must be there on every node" if in_place else "it vanished from the cache"
-            raise SourceNotFound(f"not there for this rank: {where}", subject=str(path)) from error
-        if file.size is not None and size != file.size:
-            raise CollectError(f"has {size} bytes for this rank, {file.size} were expected", subject=str(path))
+def _check(path: Path, file: File, block: int | None, sight: Sight, *, in_place: bool) -> None:
+    def look() -> tuple[int, int]:
+        with path.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_size, zlib.crc32(opened.read(0 if block is None else _BLOCK))
+
+    try:
+        size, crc = await_visible(look, path, sight.patience, sight.check)
+    except FileNotFoundError as error:
+        where = "a local source must be there on every node" if in_place else "it vanished from the cache"
+        raise SourceNotFound(f"not there for this rank: {where}", subject=str(path)) from error
+    if file.size is not None and size != file.size:
+        raise CollectError(f"has {size} bytes for this rank, {file.size} were expected", subject=str(path))
+    if block is not None and crc != block:
+        raise IntegrityError("begins differently for this rank than for the one that brought it", subject=str(path))

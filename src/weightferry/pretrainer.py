@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from weightferry.cluster.agree import Wish
 from weightferry.cluster.connect import operation
@@ -17,6 +17,9 @@ from weightferry.report.run import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import Ask, FetchSource, SourceLike, safe_path
 from weightferry.staging import collect
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class Pretrainer:
         self._settings, self._cache_dir = settings, cache_dir
         self._collected: dict[str, Path] = {}
         self._alone = False
+        self._group: ProcessGroup | None = None
 
     def __repr__(self) -> str:
         return (
@@ -133,7 +137,11 @@ class Pretrainer:
         return bool(condition() if callable(condition) else condition)
 
     def collect_files(
-        self, default_source: SourceLike | None = None, internal_ddp_handling: bool = True
+        self,
+        default_source: SourceLike | None = None,
+        internal_ddp_handling: bool = True,
+        *,
+        group: ProcessGroup | None = None,
     ) -> dict[str, Path]:
         """Bring the file of every loadable onto every node, and link it in `collect_in`; collective.
 
@@ -143,6 +151,8 @@ class Pretrainer:
             Where the file ``NAME.ckpt`` of a loadable without a path is.
         internal_ddp_handling : bool
             False: this process alone, no coordination with other ranks.
+        group : torch.distributed.ProcessGroup, optional
+            The ranks that take part, here and in `load_collected`; None: all of the default process group.
 
         Returns
         -------
@@ -156,10 +166,10 @@ class Pretrainer:
             The same on every rank: `BadRequest` for a loadable without path and default source, or for names that make
             no link; whatever the origin, the disk or another rank has failed with.
         """
-        self._alone = not internal_ddp_handling
+        self._alone, self._group = not internal_ddp_handling, group
         settings = self._limits()
-        with operation(settings, alone=self._alone) as control:
-            collected = collect(lambda: self._wish(default_source), control, settings, "collect")
+        with operation(settings, "collect", group=group, alone=self._alone) as control:
+            collected = collect(lambda: self._wish(default_source), control, settings)
         self._collected = dict(collected.paths)
         self.report = collected.report
         return dict(self._collected)
@@ -176,7 +186,7 @@ class Pretrainer:
             On every rank, when a file could not be loaded on any; `NoHook` for a type that nobody knows to load.
         """
         settings = self._limits()
-        with operation(settings, alone=self._alone) as control:
+        with operation(settings, "load", group=self._group, alone=self._alone) as control:
             control.round("load", lambda: self._load(control), lambda _: None)
 
     def _load(self, control: Control) -> None:

@@ -47,6 +47,12 @@ class Settings:
     lock_timeout : float
         Seconds to wait for another job's lock on a file before reading it from the origin all the same: the lock
         saves bandwidth, correctness does not rest on it. Default 1800.
+    visibility_timeout : float
+        Seconds that a file which is there may take to show on another machine: network file systems keep what they
+        know of a folder for a while. Default 60.
+    domain : str
+        Ranks with the same text share one cache folder, others do not; empty: it is found out. What contradicts it is
+        an error. Default empty.
     partial_ttl : float
         Seconds after which a partial file that nobody writes to any more is removed. Default 86400.
     """
@@ -62,6 +68,8 @@ class Settings:
     beat_timeout: float = 15.0
     agree_timeout: float = 600.0
     lock_timeout: float = 1800.0
+    visibility_timeout: float = 60.0
+    domain: str = ""
     partial_ttl: float = 86400.0
 
     def __post_init__(self) -> None:
@@ -88,7 +96,7 @@ class Settings:
         for spec in fields(cls):
             text = environ.get(PREFIX + spec.name.upper())
             if text and spec.name != "cache_dir":
-                values[spec.name] = _number(spec.name, text, integer=spec.type == "int")
+                values[spec.name] = text if spec.type == "str" else _number(spec.name, text, integer=spec.type == "int")
         values.update({name: value for name, value in given.items() if value is not None})
         values["cache_dir"] = Path(values["cache_dir"]).expanduser().absolute()
         return cls(**values)

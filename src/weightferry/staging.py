@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.publish import show
-from weightferry.cluster.agree import Agreed, Introduction, Wish, agree
+from weightferry.cluster.agree import Wish, agree
 from weightferry.cluster.connect import operation
 from weightferry.cluster.control import Control
 from weightferry.delivery import deliver
 from weightferry.errors import BadRequest, at
-from weightferry.link import Shown, check_readable, make_links
+from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.manifest import Manifest
 from weightferry.origins.resolve import Resolved, resolve
 from weightferry.report.run import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import Ask, SourceLike
 from weightferry.summary import Part, summarise
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def stage(
     ignore_patterns: str | Iterable[str] | None = None,
     cache_dir: str | Path | None = None,
     to: str | Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> Path:
     """Bring a whole source onto every node; collective: every rank calls it.
 
@@ -63,6 +69,8 @@ def stage(
         The cache folder of this rank; default: `Settings`.
     to
         A folder in which links show the files under their own paths.
+    group
+        The ranks that take part; None: all of the default process group.
 
     Returns
     -------
@@ -81,8 +89,8 @@ def stage(
         ask = Ask.of(source, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
         return Wish({"": ask}, into=_absolute(to))
 
-    with operation(settings) as control:
-        return collect(wish, control, settings, "stage").paths[""]
+    with operation(settings, "stage", group=group) as control:
+        return collect(wish, control, settings).paths[""]
 
 
 def _absolute(path: str | Path | None) -> Path | None:
@@ -91,7 +99,7 @@ def _absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name: str) -> Collected:
+def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> Collected:
     """Run one operation from agree to link.
 
     Parameters
@@ -102,8 +110,6 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name
         Connects the ranks.
     settings
         Limits, and this rank's cache folder.
-    name
-        Of the operation, for the report.
 
     Raises
     ------
@@ -112,32 +118,35 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings, name
     """
     began = time.monotonic()
     layout = CacheLayout(settings.cache_dir)
-    mine = Introduction.maker(lambda: _outside_cache(wish(), layout), layout.root, control)
 
-    agreed: Agreed = control.round("agree", mine.introduce, agree)
+    mine, agreed = agree(control, lambda: _outside_cache(wish(), layout), settings)
     resolved: Resolved = control.once("resolve", lambda: resolve(agreed.asks, settings, control))
     manifest, leaders = resolved.manifest, agreed.leaders
     delivered = deliver(control, manifest, agreed, layout, settings)
     linking = time.monotonic()
-    shown = Shown.of(mine.wish, resolved, layout)
+    shown = Shown.of(mine, resolved, layout)
 
-    def link() -> None:
+    def link() -> tuple[int, ...] | None:
         if control.rank in leaders:
             _show(layout, manifest)
         if control.rank in agreed.links:
-            make_links(Shown.of(replace(mine.wish, asks=agreed.links[control.rank]), resolved, layout))
+            make_links(Shown.of(replace(mine, asks=agreed.links[control.rank]), resolved, layout))
 
-    control.round("link", link, lambda _: None, {*leaders, *agreed.links}, agreed.role(control.rank))
+        return first_blocks(layout, manifest) if control.rank in leaders else None
+
+    compare = partial(agree_on_blocks, manifest)
+    blocks = control.round("link", link, compare, {*leaders, *agreed.links}, agreed.role(control.rank))
+    sight = Sight(blocks, settings.visibility_timeout if agreed.lag else 0.0, control.check)
 
     def read_back() -> Part | None:
-        check_readable(shown, resolved)
+        check_readable(shown, resolved, sight)
         if control.rank not in leaders:
             return None
         seconds = {**control.seconds, "link": time.monotonic() - linking}
         return Part.of(layout, manifest, delivered, seconds)
 
     report = control.round(
-        "link", read_back, lambda parts: summarise(name, agreed, manifest, parts, time.monotonic() - began)
+        "link", read_back, lambda parts: summarise(control.operation, agreed, manifest, parts, time.monotonic() - began)
     )
     return Collected(shown.paths, report)
 

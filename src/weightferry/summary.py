@@ -65,8 +65,8 @@ def summarise(
         domains.append(
             DomainReport(
                 host=domain.host,
-                leader_rank=domain.leader,
-                ranks=list(domain.ranks),
+                leader_rank=domain.names[0],
+                ranks=list(domain.names),
                 origin_bytes=part.origin_bytes,
                 peer_bytes_in=part.peer_bytes_in,
                 peer_bytes_out=part.peer_bytes_out,

@@ -65,8 +65,8 @@ def report(source: str) -> dict[str, Any]:
     from weightferry.staging import collect
 
     settings = Settings.from_environ()
-    with operation(settings) as control:
-        return collect(lambda: Wish({"": Ask.of(source)}), control, settings, "stage").report.to_dict()
+    with operation(settings, "stage") as control:
+        return collect(lambda: Wish({"": Ask.of(source)}), control, settings).report.to_dict()
 
 
 def collect(

@@ -102,7 +102,7 @@ def failed_alike(gots: Sequence[Got], kind: type[CollectError], phase: str, rank
             assert failure.traceback
     (text,) = said
     first = text.splitlines()[0]
-    assert first.startswith(f"failed in {phase} on {HOST} (rank ")
+    assert f" failed in {phase} on {HOST} (rank " in first
     for part in texts:
         assert part in text
     return text

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from weightferry.cluster.agree import Agreed, Introduction, Wish, agree
+from weightferry.cluster.agree import Agreed, Comparing, Introduction, Mine, Wish
 from weightferry.cluster.control import Solo
-from weightferry.cluster.domains import Domain, Place, group
-from weightferry.errors import BadRequest, PlanMismatch
+from weightferry.cluster.domains import Domain, Meeting, Place, group, is_local
+from weightferry.errors import BadRequest, CollectError, PlanMismatch
+from weightferry.settings import Settings
 from weightferry.sources import Ask
 
 A, B = Ask.of("org/a", "x.ckpt"), Ask.of("org/b", "x.ckpt")
 HERE, THERE = Place("boot0", 1, 1), Place("boot1", 1, 1)
+
+
+def agree(said: dict[int, Introduction]) -> Agreed:
+    return Comparing(range(64)).introduced(said)
 
 
 def says(host: str = "h0", cache: Place = HERE, into: Place | None = None, **asks: Ask) -> Introduction:
@@ -42,9 +51,9 @@ def test_the_lowest_rank_leads() -> None:
     places = {3: HERE, 1: HERE, 2: THERE, 0: THERE}
     hosts = {0: "h1", 1: "h0", 2: "h1", 3: "h0"}
     domains = group(places, hosts)
-    assert domains == (Domain(0, (0, 2), "h1"), Domain(1, (1, 3), "h0"))
+    assert [(domain.leader, domain.ranks, domain.host) for domain in domains] == [(0, (0, 2), "h1"), (1, (1, 3), "h0")]
     assert [domain.role for domain in domains] == ["leader of ranks 0, 2", "leader of ranks 1, 3"]
-    assert Domain(4, (4,), "h").role == "leader of its own cache"
+    assert Domain(4, (4,), "h", names=(4,)).role == "leader of its own cache"
 
 
 class TestAgree:
@@ -95,7 +104,7 @@ class TestAgree:
 
 class TestIntroduction:
     def introduce(self, wish: Wish, cache: Path) -> Introduction:
-        return Introduction.maker(lambda: wish, cache, Solo("h")).introduce()
+        return Mine(Solo("h"), Settings(cache_dir=cache)).introduce(lambda: wish)
 
     def test_folders_are_made(self, tmp_path: Path) -> None:
         said = self.introduce(Wish({"x": A}, into=tmp_path / "a/b"), tmp_path / "cache/deep")
@@ -112,8 +121,114 @@ class TestIntroduction:
             raise BadRequest("no")
 
         with pytest.raises(BadRequest):
-            Introduction.maker(wish, tmp_path, Solo("h")).introduce()
+            Mine(Solo("h"), Settings(cache_dir=tmp_path)).introduce(wish)
 
 
 def test_nobody_wants_anything() -> None:
-    assert agree({0: says()}) == Agreed((), (Domain(0, (0,), "h0"),), {}, 1, 1)
+    assert agree({0: says()}) == Agreed((), (Domain(0, (0,), "h0", names=(0,)),), {}, 1, 1)
+
+
+LUSTRE = [Place(f"boot{machine}", 5, machine, local=False) for machine in range(4)]
+
+
+class TestMeeting:
+    """Folders that several machines may see: whether they do is tried."""
+
+    def comparing(self, *domains: str) -> tuple[Comparing, Agreed]:
+        comparing = Comparing(range(4))
+        said = {
+            rank: replace(says(f"h{rank}", LUSTRE[rank], x=A), domain=name)
+            for rank, name in enumerate(domains or ("",) * 4)
+        }
+        return comparing, comparing.introduced(said)
+
+    def test_nothing_is_tried_where_nothing_is_open(self) -> None:
+        assert agree({0: says(), 1: says("h1", THERE)}).token == ""
+        assert agree({0: says(cache=LUSTRE[0]), 1: says(cache=LUSTRE[0])}).token == ""
+        assert agree({0: says(cache=LUSTRE[0]), 1: says("h1", THERE)}).token == ""
+
+    def test_two_share_and_two_do_not(self) -> None:
+        comparing, agreed = self.comparing()
+        assert agreed.token
+        assert agreed.caches == (0, 1, 2, 3)
+        met = comparing.met({0: (1, None), 1: (1, None), 2: (2, None), 3: (3, None)})
+        assert [domain.ranks for domain in met.domains] == [(0, 1), (2,), (3,)]
+        assert met.leaders == (0, 2, 3)
+        assert met.token == ""
+        assert met.lag
+
+    def test_one_folder_of_links_for_all_machines(self) -> None:
+        comparing = Comparing(range(4))
+        into = [replace(place, inode=9) for place in LUSTRE]
+        agreed = comparing.introduced({n: says(f"h{n}", Place(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
+        assert (agreed.caches, agreed.folders) == ((), (0, 1, 2, 3))
+        met = comparing.met(dict.fromkeys(range(4), (None, 2)))
+        assert list(met.links) == [0]
+        assert met.leaders == (0, 1, 2, 3)
+
+    def test_a_domain_that_the_user_names_is_compared(self) -> None:
+        comparing, _ = self.comparing("a", "a", "b", "c")
+        assert comparing.met({0: (0, None), 1: (0, None), 2: (2, None), 3: (3, None)}).leaders == (0, 2, 3)
+        with pytest.raises(PlanMismatch, match="different ones"):
+            comparing.met({n: (n, None) for n in range(4)})
+        with pytest.raises(PlanMismatch, match="see one cache folder, but WEIGHTFERRY_DOMAIN says 'a' and 'b'"):
+            comparing.met({0: (0, None), 1: (0, None), 2: (0, None), 3: (3, None)})
+
+    def test_what_the_user_names_against_what_is_proven(self) -> None:
+        with pytest.raises(PlanMismatch, match="see one cache folder"):
+            agree({0: replace(says(), domain="a"), 1: replace(says(), domain="b")})
+        with pytest.raises(PlanMismatch, match="different ones"):
+            agree({0: replace(says(), domain="a"), 1: replace(says("h1", THERE), domain="a")})
+
+    def test_who_finds_the_file_made(self, tmp_path: Path) -> None:
+        meeting = Meeting("token", 5.0)
+        assert meeting.at(tmp_path, 3, lambda: None) == 3
+        assert meeting.at(tmp_path, 1, lambda: None) == 3
+        meeting.end(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_files_that_show_late(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        meeting = Meeting("token", 30.0)
+        meeting.at(tmp_path, 3, lambda: None)
+        shows = time.monotonic() + 1.0
+        read = Path.read_text
+
+        def late(path: Path, *args: Any, **options: Any) -> str:
+            if time.monotonic() < shows:
+                raise FileNotFoundError(errno.ENOENT, "young files are hidden", str(path))
+            return read(path, *args, **options)
+
+        monkeypatch.setattr(Path, "read_text", late)
+        assert meeting.at(tmp_path, 1, lambda: None) == 3
+
+    def test_files_that_never_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        meeting = Meeting("token", 0.1)
+        meeting.at(tmp_path, 3, lambda: None)
+        (tmp_path / ".weightferry-token").write_text("3")  # without its end of line: not written to its end
+        with pytest.raises(CollectError, match="WEIGHTFERRY_DOMAIN"):
+            meeting.at(tmp_path, 1, lambda: None)
+
+
+MOUNTS = """\
+21 1 253:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 21 0:29 / /home rw - nfs4 server:/home rw
+31 21 0:30 / /scratch\\040space rw - lustre mgs:/s rw
+32 30 0:31 / /home/me/local rw - tmpfs tmpfs rw
+33 21 0:32 / /fuse rw - fuse.sshfs host: rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "local"),
+    [
+        ("/", True),
+        ("/data", True),
+        ("/home/me", False),
+        ("/homes", True),
+        ("/home/me/local/cache", True),
+        ("/scratch space/x", False),
+        ("/fuse", False),
+    ],
+)
+def test_which_file_systems_are_local(folder: str, local: bool) -> None:
+    assert is_local(Path(folder), MOUNTS) is local

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.doubles import FakeWatch
+from tests.unit.doubles import FakeWatch, manifest_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.cluster.agree import Wish
-from weightferry.errors import CollectError, SourceNotFound
-from weightferry.link import Shown, check_readable, make_links
+from weightferry.errors import CollectError, IntegrityError, SourceNotFound
+from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.origins.base import origin_for
-from weightferry.origins.resolve import Resolved, resolve
+from weightferry.origins.resolve import Found, Resolved, resolve
 from weightferry.settings import Settings
 from weightferry.sources import Ask
+from weightferry.testing.origin import FakeOrigin
 
 
 class Local:
@@ -34,7 +37,7 @@ class Local:
     def link(self, into: Path | None = None, suffix: str | None = None, **asks: Ask) -> dict[str, Path]:
         shown, resolved = self.show(into, suffix, **asks)
         make_links(shown)
-        check_readable(shown, resolved)
+        check_readable(shown, resolved, Sight())
         return dict(shown.paths)
 
 
@@ -112,10 +115,10 @@ class TestReadable:
         for name in "xy":
             shown.paths[name].unlink()
             with pytest.raises(SourceNotFound, match="on every node") as raised:
-                check_readable(shown, resolved)
+                check_readable(shown, resolved, Sight())
             assert raised.value.subject == str(shown.paths[name])
             make_links(shown)
-        check_readable(shown, resolved)
+        check_readable(shown, resolved, Sight())
 
     @pytest.mark.parametrize("into", [None, "into"])
     def test_another_size_for_this_rank(self, local: Local, into: str | None) -> None:
@@ -123,7 +126,7 @@ class TestReadable:
         make_links(shown)
         (local.source / "sub/deep/c.bin").write_bytes(b"changed")
         with pytest.raises(CollectError, match="has 7 bytes for this rank, 1 were expected"):
-            check_readable(shown, resolved)
+            check_readable(shown, resolved, Sight())
 
     def test_a_file_that_this_rank_may_not_read(self, local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
         shown, resolved = local.show(x=Ask.of(local.source, "a.ckpt"))
@@ -133,5 +136,53 @@ class TestReadable:
 
         monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(PermissionError) as raised:
-            check_readable(shown, resolved)
+            check_readable(shown, resolved, Sight())
         assert getattr(raised.value, "_weightferry_subject", "") == str(local.source / "a.ckpt")
+
+
+class TestReadBack:
+    """Of what was staged, every rank reads the first block too."""
+
+    @pytest.fixture
+    def staged(self, tmp_path: Path) -> tuple[Shown, Resolved, CacheLayout]:
+        layout, origin = CacheLayout(tmp_path / "cache"), FakeOrigin({"m.bin": b"abc"})
+        ask = Ask.of("s3://bucket/model/m.bin")
+        manifest = manifest_of(origin)
+        pinned, file = next(manifest.staged())
+        layout.pointer(pinned, file).parent.mkdir(parents=True)
+        layout.pointer(pinned, file).write_bytes(b"abc")
+        resolved = Resolved(manifest, {ask: Found(0, "m.bin", ("m.bin",))})
+        return Shown.of(Wish({"x": ask}), resolved, layout), resolved, layout
+
+    def test_the_beginning_counts_not_only_the_size(self, staged) -> None:
+        shown, resolved, layout = staged
+        sight = Sight(first_blocks(layout, resolved.manifest))
+        check_readable(shown, resolved, sight)
+        shown.paths["x"].write_bytes(b"abX")
+        with pytest.raises(IntegrityError, match="begins differently for this rank"):
+            check_readable(shown, resolved, sight)
+
+    def test_leaders_compare_what_they_see(self, staged) -> None:
+        _, resolved, layout = staged
+        blocks = first_blocks(layout, resolved.manifest)
+        assert agree_on_blocks(resolved.manifest, {0: blocks, 1: None, 2: blocks}) == blocks
+        with pytest.raises(IntegrityError, match="begins differently for ranks 0 and 2"):
+            agree_on_blocks(resolved.manifest, {0: blocks, 2: (1,)})
+
+    @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+    def test_a_file_that_shows_late(self, staged, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown, resolved, layout = staged
+        blocks = first_blocks(layout, resolved.manifest)
+        opens, left = Path.open, [3]
+
+        def late(path: Path, *args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(number, os.strerror(number), str(path))
+            return opens(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", late)
+        check_readable(shown, resolved, Sight(blocks, patience=30.0))
+        left[0] = 1_000_000
+        with pytest.raises((SourceNotFound, OSError)):
+            check_readable(shown, resolved, Sight(blocks, patience=0.1))

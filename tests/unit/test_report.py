@@ -44,7 +44,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"abc")
     settings = Settings(cache_dir=tmp_path / "cache")
-    collected = collect(lambda: Wish({"": Ask.of(tmp_path / "m.bin")}), Solo("h"), settings, "stage")
+    control = Solo("h")
+    control.operation = "stage"
+    collected = collect(lambda: Wish({"": Ask.of(tmp_path / "m.bin")}), control, settings)
     got = collected.report.to_dict()
     assert got["total"].keys() == {"bytes", "files", "origin_bytes", "peer_bytes", "cached_bytes", "seconds"}
     assert (got["operation"], got["ranks"], got["nodes"]) == ("stage", 1, 1)

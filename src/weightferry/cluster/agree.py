@@ -1,16 +1,19 @@
-"""What every rank wants, compared: the union is staged, contradictions are an error."""
+"""What every rank wants, and who shares storage with whom: compared, and contradictions are an error."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from weightferry.cluster.control import Control
-from weightferry.cluster.domains import Domain, Place, group
+from weightferry.cluster.domains import Domain, Meeting, Place, group, merge
 from weightferry.cluster.topology import boot_id
-from weightferry.errors import PlanMismatch
+from weightferry.errors import PlanMismatch, ranges
+from weightferry.settings import Settings
 from weightferry.sources import Ask
 
 
@@ -45,6 +48,8 @@ class Introduction:
         Its cache folder, and the folder for its links.
     asks
         What it wants, by name.
+    domain
+        Of its cache, where the user says it.
     """
 
     host: str
@@ -52,39 +57,7 @@ class Introduction:
     cache: Place
     into: Place | None
     asks: Mapping[str, Ask]
-
-    @classmethod
-    def maker(cls, wish: Callable[[], Wish], cache_dir: Path, control: Control) -> _Maker:
-        """Prepare an introduction, to be made inside the round so that its errors travel."""
-        return _Maker(wish, cache_dir, control)
-
-
-class _Maker:
-    def __init__(self, wish: Callable[[], Wish], cache_dir: Path, control: Control) -> None:
-        self._make, self._cache_dir, self._control = wish, cache_dir, control
-        self.wish = Wish({})
-
-    def introduce(self) -> Introduction:
-        self.wish = self._make()
-        into = self.wish.into
-        if into is not None:
-            into.mkdir(parents=True, exist_ok=True)
-        return Introduction(
-            self._control.host,
-            self._control.node,
-            self._cache_place(),
-            None if into is None else Place.of(into),
-            self.wish.asks,
-        )
-
-    def _cache_place(self) -> Place:
-        # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
-        with contextlib.suppress(OSError):
-            self._cache_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            return Place.of(self._cache_dir)
-        except OSError:
-            return Place(boot_id(), -1, self._control.rank)
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +74,13 @@ class Agreed:
         By the one rank that makes the links of a folder: what all ranks together want linked there.
     ranks, nodes : int
         How many.
+    lag : bool
+        Whether files may show late: some folder is on a file system that other machines see too.
+    token : str
+        Names a meeting; empty when nothing is left to find out.
+    caches, folders : tuple of int
+        Leaders that are to find out whether they see one cache folder, and ranks that are to find out whether they see
+        one folder of links.
     """
 
     asks: tuple[Ask, ...]
@@ -108,45 +88,199 @@ class Agreed:
     links: Mapping[int, Mapping[str, Ask]]
     ranks: int
     nodes: int
+    lag: bool = False
+    token: str = ""
+    caches: tuple[int, ...] = ()
+    folders: tuple[int, ...] = ()
 
     @property
     def leaders(self) -> tuple[int, ...]:
         """The leader of each domain."""
         return tuple(domain.leader for domain in self.domains)
 
+    def domain_of(self, rank: int) -> Domain:
+        """The domain that `rank` belongs to."""
+        return next(domain for domain in self.domains if rank in domain.ranks)
+
     def role(self, rank: int) -> str:
         """What `rank` is, for readers of an error."""
         return next((domain.role for domain in self.domains if domain.leader == rank), "")
 
 
-def agree(introductions: Mapping[int, Introduction]) -> Agreed:
-    """Compare what all ranks say.
+def agree(control: Control, wish: Callable[[], Wish], settings: Settings) -> tuple[Wish, Agreed]:
+    """Introduce this rank, and find out with the others who shares storage; every rank calls it.
+
+    Parameters
+    ----------
+    wish
+        Makes what this rank wants; what it raises fails the operation on every rank.
+
+    Returns
+    -------
+    Wish, Agreed
+        What this rank wants, and what all know.
 
     Raises
     ------
-    PlanMismatch
-        Two ranks want different things under one name in one folder of links.
+    CollectError
+        The same on every rank; `PlanMismatch` when two of them contradict each other.
     """
-    hosts = {rank: said.host for rank, said in introductions.items()}
-    into = {rank: said.into for rank, said in introductions.items() if said.into}
-    return Agreed(
-        asks=tuple(dict.fromkeys(ask for said in introductions.values() for ask in said.asks.values())),
-        domains=group({rank: said.cache for rank, said in introductions.items()}, hosts),
-        links={domain.leader: _union(domain, introductions) for domain in group(into, hosts)},
-        ranks=len(introductions),
-        nodes=len({said.node for said in introductions.values()}),
-    )
+    mine, comparing = Mine(control, settings), Comparing(control.names)
+    agreed: Agreed = control.round("agree", lambda: mine.introduce(wish), comparing.introduced)
+    if agreed.token:
+        # Folders that several machines may see: whether they do is tried.
+        meeting = Meeting(agreed.token, settings.visibility_timeout)
+        try:
+            askers, meet = {*agreed.caches, *agreed.folders}, partial(mine.meet, agreed, meeting)
+            agreed = control.round("agree", meet, comparing.met, askers)
+        finally:
+            mine.part(meeting)
+    return mine.wish, agreed
+
+
+class Mine:
+    """What one rank does in it."""
+
+    def __init__(self, control: Control, settings: Settings) -> None:
+        self._control, self._settings = control, settings
+        self._cache_dir = settings.cache_dir
+        self.wish = Wish({})
+        self._met: list[Path] = []
+
+    def introduce(self, wish: Callable[[], Wish]) -> Introduction:
+        """Make the wish, and look at the folders."""
+        self.wish = wish()
+        into = self.wish.into
+        if into is not None:
+            into.mkdir(parents=True, exist_ok=True)
+        return Introduction(
+            self._control.host,
+            self._control.node,
+            self._cache_place(),
+            None if into is None else Place.of(into),
+            self.wish.asks,
+            self._settings.domain,
+        )
+
+    def _cache_place(self) -> Place:
+        # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
+        with contextlib.suppress(OSError):
+            self._cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            return Place.of(self._cache_dir)
+        except OSError:
+            return Place(boot_id(), -1, self._control.rank)
+
+    def meet(self, agreed: Agreed, meeting: Meeting) -> tuple[int | None, int | None]:
+        """Find out whose file is in this rank's cache folder, and in its folder of links; None where nobody asks."""
+        rank, into = self._control.rank, self.wish.into
+        cache = self._at(self._cache_dir, meeting) if rank in agreed.caches else None
+        return cache, self._at(into, meeting) if into is not None and rank in agreed.folders else None
+
+    def _at(self, folder: Path, meeting: Meeting) -> int | None:
+        try:
+            found = meeting.at(folder, self._control.rank, self._control.check)
+        except PermissionError:
+            return None  # who cannot write here brings nothing, and makes no links
+        if found == self._control.rank:
+            self._met.append(folder)
+        return found
+
+    def part(self, meeting: Meeting) -> None:
+        """Remove the files that this rank made."""
+        for folder in self._met:
+            meeting.end(folder)
+
+
+class Comparing:
+    """Rank 0's part: what follows from what all ranks said.
+
+    Parameters
+    ----------
+    names
+        By rank of the operation, the rank in the job.
+    """
+
+    def __init__(self, names: Sequence[int]) -> None:
+        self._names = names
+        self._said: Mapping[int, Introduction] = {}
+        self._agreed = Agreed((), (), {}, 0, 0)
+        self._folders: tuple[Domain, ...] = ()
+
+    def introduced(self, said: Mapping[int, Introduction]) -> Agreed:
+        """Group ranks by what is proven, and say what is to be found out."""
+        self._said = said
+        hosts = {rank: one.host for rank, one in said.items()}
+        domains = group({rank: one.cache for rank, one in said.items()}, hosts, self._names)
+        folders = group({rank: one.into for rank, one in said.items() if one.into}, hosts, self._names)
+        _check_domains(domains, said, final=False)
+        caches, into = (_in_question(each) for each in (domains, folders))
+        self._agreed = Agreed(
+            asks=tuple(dict.fromkeys(ask for one in said.values() for ask in one.asks.values())),
+            domains=domains,
+            links=self._links(folders),
+            ranks=len(said),
+            nodes=len({one.node for one in said.values()}),
+            lag=not all(domain.local for domain in (*domains, *folders)),
+            token=secrets.token_hex(8) if caches or into else "",
+            caches=caches,
+            folders=into,
+        )
+        self._folders = folders
+        return self._agreed
+
+    def met(self, found: Mapping[int, tuple[int | None, int | None]]) -> Agreed:
+        """Join what turned out to be one folder."""
+        caches = {rank: cache for rank, (cache, _) in found.items() if cache is not None}
+        folders = {rank: folder for rank, (_, folder) in found.items() if folder is not None}
+        domains = merge(self._agreed.domains, caches, self._names)
+        _check_domains(domains, self._said, final=True)
+        links = self._links(merge(self._folders, folders, self._names))
+        return replace(self._agreed, domains=domains, links=links, token="")
+
+    def _links(self, folders: Sequence[Domain]) -> dict[int, Mapping[str, Ask]]:
+        return {domain.leader: _union(domain, self._said) for domain in folders}
+
+
+def _in_question(domains: Sequence[Domain]) -> tuple[int, ...]:
+    shareable = tuple(domain.leader for domain in domains if not domain.local)
+    return shareable if len(shareable) > 1 else ()
+
+
+def _check_domains(domains: Sequence[Domain], said: Mapping[int, Introduction], *, final: bool) -> None:
+    """Compare what the user says of domains with what is known.
+
+    Parameters
+    ----------
+    final
+        Whether folders that are not in one domain are known to be different.
+    """
+    by_name: dict[str, Domain] = {}
+    for domain in domains:
+        named = sorted({said[rank].domain for rank in domain.ranks})
+        if len(named) > 1:
+            raise PlanMismatch(
+                f"ranks {ranges(list(domain.names))} on {domain.host} see one cache folder, but WEIGHTFERRY_DOMAIN "
+                f"says {' and '.join(repr(name) for name in named)}"
+            )
+        other = by_name.setdefault(named[0], domain)
+        if named[0] and other is not domain and (final or domain.local or other.local):
+            raise PlanMismatch(
+                f"WEIGHTFERRY_DOMAIN is {named[0]!r} for ranks {ranges(list(other.names))} on {other.host} and ranks "
+                f"{ranges(list(domain.names))} on {domain.host}, but their cache folders are different ones"
+            )
 
 
 def _union(domain: Domain, introductions: Mapping[int, Introduction]) -> dict[str, Ask]:
     """Join what the ranks of one folder of links want there."""
     wanted: dict[str, tuple[int, Ask]] = {}
-    for rank in domain.ranks:
+    for rank, name_of in zip(domain.ranks, domain.names, strict=True):
         for name, ask in introductions[rank].asks.items():
             first, other = wanted.setdefault(name, (rank, ask))
             if other != ask:
+                first_name = domain.names[domain.ranks.index(first)]
                 raise PlanMismatch(
-                    f"one link, two sources: {name or 'the folder'} is {other} on rank {first} "
-                    f"({introductions[first].host}) and {ask} on rank {rank} ({introductions[rank].host})"
+                    f"one link, two sources: {name or 'the folder'} is {other} on rank {first_name} "
+                    f"({introductions[first].host}) and {ask} on rank {name_of} ({introductions[rank].host})"
                 )
     return {name: ask for name, (_, ask) in wanted.items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from subprocess import run
@@ -14,28 +14,35 @@ from typing import TYPE_CHECKING
 
 from weightferry.cluster.control import Control, Solo
 from weightferry.cluster.topology import Topology, read_topology
-from weightferry.errors import BadRequest, NotDistributed
+from weightferry.errors import BadRequest, NotDistributed, ranges
 from weightferry.settings import Settings
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
     from weightferry.cluster.store import Clients
 
 # The clients of the store that was used last: a process has one default group at a time.
 _clients: Clients | None = None
 
-# Operations of this process so far. All ranks call the same ones in the same order, so equal numbers name the same
-# operation; a new process group in the same process, on the same store, goes on counting.
-_operations = itertools.count()
+# Operations of this process so far, by the ranks that take part. All of those call the same ones in the same order, so
+# equal numbers name the same operation; a new process group in the same process, on the same store, goes on counting.
+_operations: Counter[tuple[int, ...]] = Counter()
 
 
 @contextlib.contextmanager
-def operation(settings: Settings, *, alone: bool = False) -> Iterator[Control]:
-    """Open an operation among the ranks of the default process group, or of this process alone.
+def operation(
+    settings: Settings, name: str, *, group: ProcessGroup | None = None, alone: bool = False
+) -> Iterator[Control]:
+    """Open an operation among the ranks of a process group, or of this process alone.
 
     Parameters
     ----------
+    name
+        What it does, for errors: ``collect``, ``stage``, ``load``, ...
+    group
+        Its ranks take part; None: those of the default process group. Whatever its back end, only the store of the
+        default group is used.
     alone
         This process alone, whatever the environment says.
 
@@ -43,19 +50,20 @@ def operation(settings: Settings, *, alone: bool = False) -> Iterator[Control]:
     ------
     NotDistributed
         The environment says that there are several ranks, and no process group connects them.
+    BadRequest
+        This process is not in `group`.
     """
     topology = read_topology()
-    store, rank, world_size = _default_group() if not alone else (None, 0, 1)
-    if store is None and topology.world_size > 1 and not alone:
+    store, ranks = _members(group) if not alone else (None, (topology.rank,))
+    if not ranks and topology.world_size > 1:
         raise NotDistributed(
             f"{topology.launcher} started {topology.world_size} ranks, but torch.distributed is not initialised in "
             "this one. Add this line before the call:\n"
             '    torch.distributed.init_process_group("gloo")    # or "nccl"\n'
             "or, to work in this process alone, call collect_files(internal_ddp_handling=False)."
         )
-    control = (
-        Solo(topology.host, topology.rank) if store is None else _shared(store, rank, world_size, topology, settings)
-    )
+    control = Solo(topology.host, topology.rank) if store is None else _shared(store, ranks, topology, settings)
+    control.operation = name
     try:
         yield control
     finally:
@@ -63,7 +71,7 @@ def operation(settings: Settings, *, alone: bool = False) -> Iterator[Control]:
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, topology: Topology) -> Iterator[Control]:
+def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Control]:
     """Open an operation among the processes that a launcher started together, without any process group.
 
     For the command line. The store is `torch.distributed`'s own, found by ``MASTER_ADDR`` and ``MASTER_PORT`` as
@@ -71,40 +79,56 @@ def joined(settings: Settings, topology: Topology) -> Iterator[Control]:
     """
     if topology.world_size == 1:
         with contextlib.closing(Solo(topology.host)) as control:
+            control.operation = name
             yield control
         return
     store = _rendezvous(topology, settings)
     try:
-        with contextlib.closing(_shared(store, topology.rank, topology.world_size, topology, settings)) as control:
+        ranks = tuple(range(topology.world_size))
+        with contextlib.closing(_shared(store, ranks, topology, settings, topology.rank)) as control:
+            control.operation = name
             yield control
     finally:
         _part(store, topology, settings)
 
 
-def _default_group() -> tuple[Store | None, int, int]:
+def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]:
+    """Find the store that connects the ranks of a group, and these; no store for one rank, no ranks for no group."""
     # A process that has not imported torch has no process group: no reason to import it.
     if "torch.distributed" not in sys.modules:
-        return None, 0, 1
+        return None, ()
     from torch import distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None, 0, 1
+    if not dist.is_available() or not dist.is_initialized() or (group is None and dist.get_world_size() == 1):
+        return None, ()
+    ranks = tuple(range(dist.get_world_size())) if group is None else tuple(dist.get_process_group_ranks(group))
+    if dist.get_rank() not in ranks:
+        raise BadRequest(f"rank {dist.get_rank()} calls for a group of ranks {ranges(list(ranks))}: it is none of them")
+    if len(ranks) == 1:
+        return None, ranks
     # There is no public way to the default group's store; torch's own checkpointing and vLLM use this one.
     store: Store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
-    return store, dist.get_rank(), dist.get_world_size()
+    return store, ranks
 
 
-def _shared(store: Store, rank: int, world_size: int, topology: Topology, settings: Settings) -> Control:
+def _shared(
+    store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, rank: int | None = None
+) -> Control:
     global _clients
+    from torch import distributed as dist
+
     from weightferry.cluster.shared import Shared
     from weightferry.cluster.store import Clients
 
-    if _clients is None or _clients.store is not store:
+    if _clients is None or _clients.store is not store or _clients.lost:
         _clients = Clients(store)
     # An elastic restart may find the store of the attempt before it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = f"weightferry/{attempt}/{next(_operations)}"
-    return Shared(_clients, prefix, rank, world_size, topology, settings)
+    members = zlib.crc32(",".join(map(str, ranks)).encode())
+    prefix = f"weightferry/{attempt}/{members:08x}/{_operations[ranks]}"
+    _operations[ranks] += 1
+    place = ranks.index(dist.get_rank() if rank is None else rank)
+    return Shared(_clients, prefix, place, ranks, topology, settings)
 
 
 def _rendezvous(topology: Topology, settings: Settings) -> Store:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,13 +27,45 @@ class Aborted(Exception):
     """Raised by `Control.check` on a rank whose work is pointless: the operation has failed elsewhere."""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a rank is that brings bytes for others; travels with its signs of life.
+
+    Attributes
+    ----------
+    phase : str
+        The round that it works in.
+    origin_bytes, peer_bytes : int
+        What has come in this operation.
+    expected : int
+        What is to come, as far as it is known.
+    paused : str
+        Why bytes stand still, when there is a reason that is no trouble; else empty.
+    """
+
+    phase: str = ""
+    origin_bytes: int = 0
+    peer_bytes: int = 0
+    expected: int = 0
+    paused: str = ""
+
+    @property
+    def done(self) -> int:
+        """Bytes that have come."""
+        return self.origin_bytes + self.peer_bytes
+
+
 class Control(ABC):
     """One operation as one rank sees it.
 
     Attributes
     ----------
+    operation : str
+        What it does, for errors: ``collect``, ``stage``, ``load``, ...
     rank, world_size : int
         Among the ranks of the operation.
+    names : sequence of int
+        By rank of the operation, the rank in the job: errors name that one.
     host : str
         For error texts.
     node : str
@@ -40,9 +74,18 @@ class Control(ABC):
         Time that this rank spent in each phase so far, waiting included.
     """
 
-    def __init__(self, rank: int, world_size: int, host: str, node: str = "") -> None:
+    def __init__(
+        self, rank: int, world_size: int, host: str, node: str = "", names: Sequence[int] | None = None
+    ) -> None:
         self.rank, self.world_size, self.host, self.node = rank, world_size, host, node or host
+        self.names = range(world_size) if names is None else names
+        self.operation = ""
         self.seconds: dict[str, float] = {}
+        self._phase = ""
+        self._counting = threading.Lock()
+        self._bytes = {False: 0, True: 0}  # by whether they came from a peer
+        self._expected = 0
+        self._pauses: list[str] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size}, host={self.host!r})"
@@ -77,7 +120,7 @@ class Control(ABC):
         CollectError
             The same on every rank, when `work` failed anywhere, when a rank died, or when `combine` failed.
         """
-        began = time.monotonic()
+        began, self._phase = time.monotonic(), phase
         try:
             return self._round(phase, work, combine, range(self.world_size) if ranks is None else ranks, role)
         finally:
@@ -102,19 +145,42 @@ class Control(ABC):
         """Raise `Aborted` when the operation has failed elsewhere; called often by long work."""
 
     def expect(self, count: int) -> None:
-        """Say that so many bytes are to come to this rank in this operation."""
+        """Say that so many bytes are to come to this rank, beside what it said before."""
+        with self._counting:
+            self._expected += count
 
     def moved(self, count: int, peer: bool = False) -> None:
         """Note that `count` bytes came, from the origin or from a peer."""
+        with self._counting:
+            self._bytes[peer] += count
 
     @contextlib.contextmanager
     def paused(self, reason: str) -> Iterator[None]:
-        """While in this context, bytes stand still for a reason."""
-        yield
+        """While in this context, on any thread, bytes stand still for a reason and that is no stall."""
+        with self._counting:
+            self._pauses.append(reason)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._pauses.remove(reason)
 
-    def store(self, name: str) -> Any:
-        """Return the store of this operation below `name`."""
-        raise NotImplementedError
+    def progress(self) -> Progress:
+        """How far this rank is."""
+        with self._counting:
+            paused = self._pauses[-1] if self._pauses else ""
+            return Progress(self._phase, self._bytes[False], self._bytes[True], self._expected, paused)
+
+    def seen(self) -> Mapping[int, Progress]:
+        """How far all ranks are, as far as this rank knows: rank 0 does."""
+        return {self.rank: self.progress()}
+
+    @abstractmethod
+    def meeting(self, name: str) -> AbstractContextManager[Any]:
+        """Hold a store for some ranks of this operation to meet on, below `name`; what they leave in it is removed.
+
+        A `torch.distributed` store; calls on it may block.
+        """
 
     def all_told(self, seconds: float) -> None:
         """Wait until every rank knows of a failure, or is done, at most `seconds`.
@@ -136,8 +202,7 @@ class Solo(Control):
     """
 
     def __init__(self, host: str, rank: int = 0) -> None:
-        super().__init__(0, 1, host)
-        self._rank_in_job = rank
+        super().__init__(0, 1, host, names=(rank,))
 
     def _round(
         self,
@@ -150,12 +215,16 @@ class Solo(Control):
         try:
             return combine({0: work()})
         except Exception as error:  # noqa: BLE001 -- raised again, with a name
-            rank = self._rank_in_job
+            rank = self.names[0]
             failure = Failure.of(error, rank=rank, host=self.host, phase=phase, role=role)
-            raise from_failures({rank: failure}) from cause_to_show(error)
+            raise from_failures({rank: failure}, self.operation) from cause_to_show(error)
 
     def check(self) -> None:
         """Nobody else can fail."""
+
+    def meeting(self, name: str) -> AbstractContextManager[Any]:
+        """Nobody is there to be met."""
+        raise NotImplementedError(f"{self!r} has nobody to meet for {name}")
 
 
 @dataclass(frozen=True)
@@ -168,33 +237,35 @@ class Outcome:
     failure: Failure | None = None
 
     @classmethod
-    def of(
-        cls, rank: int, host: str, phase: str, role: str, work: Callable[[], Any]
-    ) -> tuple[bytes, BaseException | None]:
+    def of(cls, control: Control, phase: str, role: str, work: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
         """Run `work`; return what to publish, and the exception for those who want to chain it."""
         error: BaseException
         try:
-            return pickle.dumps(cls(rank, host, work())), None
+            return pickle.dumps(cls(control.rank, control.host, work())), None
         except BaseException as caught:  # noqa: BLE001 -- whatever ends this rank's work, the others must learn of it
             error = caught
-        failure = Failure.of(error, rank=rank, host=host, phase=phase, role=role)
-        return pickle.dumps(cls(rank, host, failure=failure)), error
+        name = control.names[control.rank]
+        failure = Failure.of(error, rank=name, host=control.host, phase=phase, role=role)
+        return pickle.dumps(cls(control.rank, control.host, failure=failure)), error
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What rank 0 publishes of a round: failures by rank, or else the combined value."""
+    """What rank 0 publishes of a round: failures, the first one first, or else the combined value."""
 
     value: Any = None
-    failures: Mapping[int, Failure] | None = None
+    failures: tuple[Failure, ...] = ()
 
-    def get(self, cause: BaseException | None) -> Any:
+    def get(self, control: Control, cause: BaseException | None) -> Any:
         """Return the value, or raise the failures; `cause` is this rank's own exception, if any."""
-        error = self.error()
+        error = self.error(control)
         if error is not None:
             raise error from cause_to_show(cause)
         return self.value
 
-    def error(self) -> CollectError | None:
+    def error(self, control: Control) -> CollectError | None:
         """Make the error that every rank raises, if there is one."""
-        return from_failures(dict(self.failures)) if self.failures else None
+        if not self.failures:
+            return None
+        failures = {failure.rank: failure for failure in self.failures}
+        return from_failures(failures, control.operation, brief=control.rank > 0)

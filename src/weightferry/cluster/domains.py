@@ -1,13 +1,35 @@
-"""Which ranks share a folder, and who leads them."""
+"""Which ranks share a folder, and who leads them.
+
+What `stat` says proves it within one running kernel: the same device and inode is the same folder, whatever path, link
+or mount led there. Across machines these numbers mean nothing. A folder on a local file system is then not shared; for
+all others it is tried: each group of ranks creates the same new file in its folder, which succeeds for one of them, and
+who finds it made reads by whom. So nobody waits for a file that will never appear.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from weightferry.cluster.topology import boot_id
-from weightferry.errors import ranges
+from weightferry.errors import CollectError, ranges
+
+T = TypeVar("T")
+
+# Of the kernel's own file systems those that one machine has to itself. All others may be seen by several.
+_LOCAL = frozenset(
+    {
+        *("bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "iso9660", "jfs", "nilfs2", "ntfs3"),
+        *("overlay", "ramfs", "reiserfs", "rootfs", "squashfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
+    }
+)
+_LOOKS = (0.02, 0.5)  # seconds between two looks for a file that must appear: the first, the longest
 
 
 @dataclass(frozen=True)
@@ -20,17 +42,20 @@ class Place:
         The running kernel; device and inode numbers mean nothing across machines.
     device, inode : int
         What `stat` says: the same mount of the same folder, whatever path or link led there.
+    local : bool
+        Whether no other machine can see it.
     """
 
     machine: str
     device: int
     inode: int
+    local: bool = True
 
     @classmethod
     def of(cls, folder: Path) -> Place:
         """Look at an existing folder."""
         seen = folder.stat()
-        return cls(boot_id(), seen.st_dev, seen.st_ino)
+        return cls(boot_id(), seen.st_dev, seen.st_ino, is_local(folder))
 
 
 @dataclass(frozen=True)
@@ -45,25 +70,169 @@ class Domain:
         All, the leader too.
     host : str
         The leader's host name.
+    local : bool
+        Whether no other machine can see the folder.
+    names : tuple of int
+        The ranks as the job counts them.
     """
 
     leader: int
     ranks: tuple[int, ...]
     host: str
+    local: bool = True
+    names: tuple[int, ...] = ()
 
     @property
     def role(self) -> str:
         """What the leader is, for readers of an error."""
-        return f"leader of ranks {ranges(list(self.ranks))}" if len(self.ranks) > 1 else "leader of its own cache"
+        return f"leader of ranks {ranges(list(self.names))}" if len(self.ranks) > 1 else "leader of its own cache"
 
 
-def group(places: Mapping[int, Place], hosts: Mapping[int, str]) -> tuple[Domain, ...]:
-    """Group ranks by the folder they see; every rank computes the same from the same.
-
-    Two machines that share a folder over the network count as two domains here: both leaders then meet at the lock of
-    a file, and the second finds it whole.
-    """
+def group(
+    places: Mapping[int, Place], hosts: Mapping[int, str], names: Sequence[int] | None = None
+) -> tuple[Domain, ...]:
+    """Group ranks by what is proven without trying; every rank computes the same from the same."""
     together: dict[Place, list[int]] = {}
     for rank in sorted(places):
         together.setdefault(places[rank], []).append(rank)
-    return tuple(Domain(ranks[0], tuple(ranks), hosts[ranks[0]]) for ranks in together.values())
+    return tuple(_domain(ranks, hosts, place.local, names) for place, ranks in together.items())
+
+
+def merge(domains: Sequence[Domain], met: Mapping[int, int], names: Sequence[int] | None = None) -> tuple[Domain, ...]:
+    """Join domains whose leaders met in one folder.
+
+    Parameters
+    ----------
+    met
+        By leader, whose file it found; see `meet`. Leaders that are not in it met nobody.
+    """
+    together: dict[int, list[Domain]] = {}
+    for domain in domains:
+        together.setdefault(met.get(domain.leader, domain.leader), []).append(domain)
+    hosts = {domain.leader: domain.host for domain in domains}
+    joined = [
+        _domain(sorted(rank for domain in same for rank in domain.ranks), hosts, same[0].local, names)
+        for same in together.values()
+    ]
+    return tuple(sorted(joined, key=lambda domain: domain.leader))
+
+
+def _domain(ranks: list[int], hosts: Mapping[int, str], local: bool, names: Sequence[int] | None) -> Domain:
+    named = tuple(ranks if names is None else (names[rank] for rank in ranks))
+    return Domain(ranks[0], tuple(ranks), hosts[ranks[0]], local, named)
+
+
+def is_local(folder: Path, mounts: str | None = None) -> bool:
+    """Whether the file system of an existing folder belongs to this machine alone.
+
+    Parameters
+    ----------
+    mounts
+        What ``/proc/self/mountinfo`` says (proc(5)); None: to be read.
+    """
+    try:
+        text = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
+    except OSError:
+        return False
+    path, best, kind = os.path.realpath(folder), "", ""
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        # Spaces and the like are written in octal.
+        point = before.split(" ")[4].encode().decode("unicode_escape")
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):  # the later of two mounts at one point hides the other
+            best, kind = point, after.split(" ")[0]
+    return kind in _LOCAL
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How leaders find out whether they see one folder.
+
+    Attributes
+    ----------
+    token : str
+        Names the file; never used before.
+    patience : float
+        Seconds to wait for a file that is there to be seen: network file systems show new files late, up to a minute
+        has been reported.
+    """
+
+    token: str
+    patience: float
+
+    def file(self, folder: Path) -> Path:
+        """The file that is made in `folder`, and removed by whoever made it."""
+        return folder / f".weightferry-{self.token}"
+
+    def at(self, folder: Path, rank: int, check: Callable[[], None]) -> int:
+        """Make the file, or read who made it.
+
+        Returns
+        -------
+        int
+            The rank that did.
+
+        Raises
+        ------
+        CollectError
+            Somebody made it, but it does not show in time.
+        """
+        file = self.file(folder)
+        try:
+            with file.open("x") as made:
+                made.write(f"{rank}\n")
+        except FileExistsError:
+            return self._read(file, check)
+        return rank
+
+    def _read(self, file: Path, check: Callable[[], None]) -> int:
+        def look() -> int:
+            text = file.read_text()
+            if not text.endswith("\n"):
+                raise FileNotFoundError(errno.ENOENT, "not written yet", str(file))
+            return int(text)
+
+        try:
+            return await_visible(look, file, self.patience, check)
+        except FileNotFoundError as error:
+            raise CollectError(
+                f"another rank made a file here that does not show within {self.patience:.0f} s; say with "
+                "WEIGHTFERRY_DOMAIN which ranks share this folder",
+                subject=str(file),
+            ) from error
+
+    def end(self, folder: Path) -> None:
+        """Remove the file."""
+        with contextlib.suppress(OSError):
+            self.file(folder).unlink()
+
+
+def await_visible(look: Callable[[], T], path: Path, patience: float, check: Callable[[], None]) -> T:
+    """Look at something that must be there until it shows; network file systems let one wait, or lose their handle.
+
+    Parameters
+    ----------
+    path
+        Its folder is listed before each further look: that makes clients ask their server again.
+    patience
+        Seconds.
+
+    Raises
+    ------
+    OSError
+        What the last look said.
+    """
+    until, (pause, longest) = time.monotonic() + patience, _LOOKS
+    while True:
+        try:
+            return look()
+        except OSError as error:
+            passing = isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE
+            if not passing or time.monotonic() > until:
+                raise
+        check()
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())

@@ -7,14 +7,15 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import distributed as dist
 
-from weightferry.cluster.control import Outcome, Verdict
+from weightferry.cluster.control import Control, Outcome, Progress, Verdict
 from weightferry.cluster.store import put
-from weightferry.errors import Failure, LeaderLost, ranges
+from weightferry.errors import CollectError, Failure, LeaderLost, Stalled, ranges
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,32 @@ _SHORTEST_LOOK, _LONGEST_LOOK = 0.0005, 0.05
 _SAY_MISSING_EVERY = 60.0
 
 
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life.
+
+    Attributes
+    ----------
+    count
+        Of those before it.
+    progress
+        None while there is nothing to tell.
+    """
+
+    count: int
+    progress: Progress | None = None
+
+    def dumps(self) -> bytes:
+        """Pickle it, small: the store holds one for every rank."""
+        told = self.progress if self.progress and (self.progress.expected or self.progress.paused) else None
+        return pickle.dumps((self.count, told))
+
+    @classmethod
+    def loads(cls, data: bytes) -> Beat:
+        """Read what a rank of this job wrote."""
+        return cls(*pickle.loads(data))  # noqa: S301
+
+
 class Bell:
     """Rank 0's signs of life, which wake everybody who waits for a verdict.
 
@@ -37,9 +64,10 @@ class Bell:
 
     _KEPT = 100  # ticks; a waiting rank that reads the count and then waits for the next tick is never that slow
 
-    def __init__(self, store: dist.Store) -> None:
-        self.store = store
+    def __init__(self, store: dist.Store, names: Sequence[int]) -> None:
+        self.store, self.names = store, names
         self.hosts: dict[int, str] = {}  # by rank, as far as outcomes told: for the errors of later rounds
+        self.progress: dict[int, Progress] = {}  # by rank, of those that bring bytes
         self._lock = threading.Lock()
         self._count = 0
 
@@ -62,14 +90,18 @@ class Bell:
 class Gathering:
     """One round, seen from rank 0."""
 
-    def __init__(self, bell: Bell, name: str, phase: str, ranks: Collection[int], settings: Settings) -> None:
-        self._bell, self._name, self._phase, self._settings = bell, name, phase, settings
+    def __init__(
+        self, control: Control, bell: Bell, name: str, phase: str, ranks: Collection[int], settings: Settings
+    ) -> None:
+        self._control, self._bell, self._name, self._phase, self._settings = control, bell, name, phase, settings
         self._hosts = bell.hosts
         self._store = bell.store
         self._missing = set(ranks)
         self._read = 0
         self._outcomes: dict[int, Outcome] = {}
-        self._pulse = _Pulse(settings.beat_timeout)
+        self._pulse = _Still(settings.beat_timeout)
+        # A leader gives up by itself first; this is for one that cannot, inside a call that does not return.
+        self._flow = _Still(1.2 * settings.stall_timeout + 2 * settings.beat_interval)
         self._given_up = threading.Event()
 
     def give_up(self) -> None:
@@ -82,7 +114,7 @@ class Gathering:
             failures = self._gather()
             if self._given_up.is_set():
                 return
-            verdict = Verdict(failures=failures) if failures else self._combined(combine)
+            verdict = Verdict(failures=tuple(failures.values())) if failures else self._combined(combine)
             put(self._store, f"verdict/{self._name}", pickle.dumps(verdict))
             self._bell.ring()
             for number in range(1, self._read + 1):
@@ -91,9 +123,9 @@ class Gathering:
 
     def _combined(self, combine: Callable[[Mapping[int, Any]], Any]) -> Verdict:
         values = {rank: self._outcomes[rank].value for rank in sorted(self._outcomes)}
-        published, _ = Outcome.of(0, self._hosts.get(0, "rank 0's host"), self._phase, "", lambda: combine(values))
+        published, _ = Outcome.of(self._control, self._phase, "", lambda: combine(values))
         outcome: Outcome = pickle.loads(published)  # noqa: S301 -- our own
-        return Verdict(outcome.value, {0: outcome.failure} if outcome.failure else None)
+        return Verdict(outcome.value, (outcome.failure,) if outcome.failure else ())
 
     def _gather(self) -> dict[int, Failure]:
         """Wait for all outcomes, or after a failure until it is known what has become of the others.
@@ -113,7 +145,8 @@ class Gathering:
             failures |= {outcome.rank: outcome.failure for outcome in arrived if outcome.failure}
             now = time.monotonic()
             if now > judge_at:
-                failures = self._dead(now - began) | failures  # what a rank said itself is more precise
+                # What a rank said itself is more precise.
+                failures = self._dead(now - began) | self._stalled() | failures
                 judge_at = now + self._settings.beat_interval
             if failures and ends_at == float("inf"):
                 ends_at = now + _GRACE
@@ -124,7 +157,8 @@ class Gathering:
                 unproven = {rank: count for rank, count in unproven.items() if beats.get(rank) == count}
             if now - said > _SAY_MISSING_EVERY and (absent := self._missing - self._hosts.keys()):
                 said = now
-                logger.warning("still missing after %.0f s: ranks %s", now - began, ranges(list(absent)))
+                who = ranges([self._bell.names[rank] for rank in absent])
+                logger.warning("still missing after %.0f s: ranks %s", now - began, who)
         return failures
 
     def _arrivals(self) -> list[Outcome]:
@@ -146,16 +180,35 @@ class Gathering:
         All that have called are looked at, also those that only wait in this round: it may last for hours.
         """
         beats = self._beats()
+        self._bell.progress |= {rank: said for rank, beat in beats.items() if (said := Beat.loads(beat).progress)}
         told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for {self._settings.beat_timeout:.0f} s")
         for rank in self._watched - beats.keys():
             if rank in self._hosts:
                 told[rank] = "left in the middle of the operation"
             elif waited > self._settings.agree_timeout:
                 told[rank] = f"did not call within {waited:.0f} s"
-        return {
-            rank: Failure(rank, self._hosts.get(rank, "an unknown host"), self._phase, LeaderLost.__name__, text)
-            for rank, text in told.items()
+        return {rank: self._failure(rank, LeaderLost, text) for rank, text in told.items()}
+
+    def _stalled(self) -> dict[int, Failure]:
+        """Find ranks that live, and whose bytes stand still without a reason."""
+        moving = {
+            rank: said
+            for rank, said in self._bell.progress.items()
+            if rank in self._missing and said.phase == self._phase and not said.paused and said.done < said.expected
         }
+        return {
+            rank: self._failure(
+                rank,
+                Stalled,
+                f"{moving[rank].done} of {moving[rank].expected} bytes came, and none for "
+                f"{self._settings.stall_timeout:.0f} s",
+            )
+            for rank in self._flow.stopped({rank: said.done for rank, said in moving.items()})
+        }
+
+    def _failure(self, rank: int, kind: type[CollectError], text: str) -> Failure:
+        host = self._hosts.get(rank, "an unknown host")
+        return Failure(self._bell.names[rank], host, self._phase, kind.__name__, text)
 
     @property
     def _watched(self) -> set[int]:
@@ -174,17 +227,19 @@ class Gathering:
         return {rank: key for rank, key in keys.items() if self._store.check([key])}
 
 
-class _Pulse:
-    """Whose count of beats has stood still for too long."""
+class _Still:
+    """What has not changed for too long, by rank."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._seen: dict[int, tuple[object, float]] = {}
 
-    def stopped(self, beats: Mapping[int, bytes]) -> list[int]:
-        """Take the counts as they are now; return the ranks whose count has not changed for the time-out."""
+    def stopped(self, values: Mapping[int, object]) -> list[int]:
+        """Take the values as they are now; return the ranks whose value has not changed for the time-out."""
         now = time.monotonic()
-        for rank, count in beats.items():
-            if rank not in self._seen or self._seen[rank][0] != count:
-                self._seen[rank] = (count, now)
-        return [rank for rank in beats if now - self._seen[rank][1] > self._timeout]
+        # Who is not looked at for a while begins anew.
+        self._seen = {
+            rank: before if (before := self._seen.get(rank)) and before[0] == value else (value, now)
+            for rank, value in values.items()
+        }
+        return [rank for rank in values if now - self._seen[rank][1] > self._timeout]

@@ -1,9 +1,9 @@
 """Control over several ranks, on a `torch.distributed` store.
 
-Keys, below one prefix an operation: ``beat/R`` counts the signs of life of rank R; ``arrivals/P`` counts what came in
-round P and ``arrived/P/N`` holds the N-th outcome of it; ``verdict/P`` holds rank 0's answer; ``ticks`` and ``tick/N``
-are rank 0's own signs of life, on which everybody else waits; ``left`` counts who is done. The requests of a rank do
-not grow with the number of ranks.
+Keys, below one prefix an operation: ``beat/R`` holds the latest sign of life of rank R, with its progress;
+``arrivals/P`` counts what came in round P and ``arrived/P/N`` holds the N-th outcome of it; ``verdict/P`` holds rank
+0's answer; ``ticks`` and ``tick/N`` are rank 0's own signs of life, on which everybody else waits; ``left`` counts who
+is done. The requests of a rank do not grow with the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import distributed as dist
 
-from weightferry.cluster.control import Aborted, Control, Outcome, Verdict
-from weightferry.cluster.gathering import Bell, Gathering
-from weightferry.cluster.store import Clients, put
+from weightferry.cluster.control import Aborted, Control, Outcome, Progress, Verdict
+from weightferry.cluster.gathering import Beat, Bell, Gathering
+from weightferry.cluster.store import Clients, Recording, put
 from weightferry.cluster.topology import Topology
-from weightferry.errors import Failure, LeaderLost, from_failures
+from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -36,39 +36,71 @@ R = TypeVar("R")
 class Shared(Control):
     """An operation of several ranks.
 
+    Guaranteed: no wait outlives the ranks that it waits for by more than `beat_timeout` and two `beat_interval`, even
+    when the process that holds the store is stopped rather than dead.
+
     Parameters
     ----------
     clients
         Of the job's store.
     prefix
         Below it every key of this operation lives: all ranks pass the same, and no two operations do.
+    rank, names
+        This rank in the operation, and by such ranks those in the job.
     """
 
     def __init__(
-        self, clients: Clients, prefix: str, rank: int, world_size: int, topology: Topology, settings: Settings
+        self, clients: Clients, prefix: str, rank: int, names: Sequence[int], topology: Topology, settings: Settings
     ) -> None:
-        super().__init__(rank, world_size, topology.host, f"{topology.host}/{topology.node_rank}")
-        self._settings = settings
+        super().__init__(rank, len(names), topology.host, f"{topology.host}/{topology.node_rank}", names)
+        self._clients, self._settings = clients, settings
         self._rounds: list[str] = []
         self._pointless = ""  # the round that failed elsewhere while this rank still works for it, and how
         self._why = ""
         self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no verdict will come
+        self._beaten = time.monotonic()  # when the store answered last
         self._over = threading.Event()
+        self._began = time.monotonic()
         with self._alive("agree"):
             self._store = dist.PrefixStore(prefix, clients.waiting)
-            self._bell = Bell(dist.PrefixStore(prefix, clients.side)) if rank == 0 else None
-            self._store.set(f"beat/{rank}", "0")
-        self._heart = threading.Thread(target=self._beat, args=(clients, prefix), name="weightferry-beat", daemon=True)
+            self._bell = Bell(dist.PrefixStore(prefix, clients.side), names) if rank == 0 else None
+            self._served(lambda: put(self._store, f"beat/{rank}", Beat(0).dumps()), "agree")
+        self._heart = threading.Thread(target=self._beat, args=(prefix,), name="weightferry-beat", daemon=True)
         self._heart.start()
-
-    def store(self, name: str) -> dist.Store:
-        """See `Control.store`."""
-        return dist.PrefixStore(name, self._store)
 
     def check(self) -> None:
         """See `Control.check`."""
-        if self._cut_off.is_set() or (self._rounds and self._pointless == self._rounds[-1]):
+        if self._lost() or (self._rounds and self._pointless == self._rounds[-1]):
             raise Aborted(self._why or "the ranks of this operation have lost each other")
+
+    def seen(self) -> Mapping[int, Progress]:
+        """See `Control.seen`."""
+        return {**(self._bell.progress if self._bell else {}), **super().seen()}
+
+    @contextlib.contextmanager
+    def meeting(self, name: str) -> Iterator[dist.Store]:
+        """See `Control.meeting`."""
+        recording = Recording(dist.PrefixStore(name, self._store))
+        try:
+            yield recording
+        finally:
+            if not self._lost():
+                recording.remove_all()
+
+    def _lost(self) -> bool:
+        """Whether no verdict will come."""
+        return self._cut_off.is_set() or time.monotonic() - self._beaten > self._settings.beat_timeout
+
+    def _served(self, call: Callable[[], T], phase: str) -> T:
+        """Make a call on the store that may block, for as long as rank 0 and the store give signs of life."""
+
+        def check() -> None:
+            if self._lost():
+                self._clients.lost = True
+                silence = f"no sign of life for {self._settings.beat_timeout:.0f} s, from it or from the job's store"
+                raise self._lost_rank_0(phase, silence)
+
+        return self._clients.caller.call(call, check)
 
     def _round(
         self,
@@ -83,15 +115,18 @@ class Shared(Control):
         cause: BaseException | None = None
         with self._alive(phase), self._gathering(name, phase, ranks, combine):
             if self.rank in ranks:
-                published, cause = Outcome.of(self.rank, self.host, phase, role, work)
+                published, cause = Outcome.of(self, phase, role, work)
                 if not isinstance(cause, Aborted):
-                    number = self._store.add(f"arrivals/{name}", 1)
-                    put(self._store, f"arrived/{name}/{number}", published)
+                    self._served(lambda: self._publish(name, published), phase)
                 if cause is not None and not isinstance(cause, Exception):
                     raise cause  # KeyboardInterrupt and SystemExit go their way
-            verdict = self._await_verdict(name, phase)
-        value: R = verdict.get(None if isinstance(cause, Aborted) else cause)
+            verdict = self._served(lambda: self._await_verdict(name, phase), phase)
+        value: R = verdict.get(self, None if isinstance(cause, Aborted) else cause)
         return value
+
+    def _publish(self, name: str, outcome: bytes) -> None:
+        number = self._store.add(f"arrivals/{name}", 1)
+        put(self._store, f"arrived/{name}/{number}", outcome)
 
     @contextlib.contextmanager
     def _alive(self, phase: str) -> Iterator[None]:
@@ -100,34 +135,37 @@ class Shared(Control):
             yield
         except dist.DistError as error:
             told = f"the job's store is gone, and with it the rank or agent that held it: {error}"
-            raise from_failures({0: Failure(0, self._store_host, phase, LeaderLost.__name__, told)}) from error
+            raise self._lost_rank_0(phase, told) from error
 
-    @property
-    def _store_host(self) -> str:
-        return os.environ.get("MASTER_ADDR", "its host")
+    def _lost_rank_0(self, phase: str, told: str) -> CollectError:
+        host = os.environ.get("MASTER_ADDR", "its host")
+        rank = self.names[0]
+        return from_failures({rank: Failure(rank, host, phase, LeaderLost.__name__, told)}, self.operation)
 
-    def _beat(self, clients: Clients, prefix: str) -> None:
+    def _beat(self, prefix: str) -> None:
         """Give signs of life, and watch for what makes this rank's work pointless: a verdict, or nobody to give one."""
         count, heard = 0, (0, time.monotonic())
         try:
             while not self._over.wait(self._settings.beat_interval):
-                side = dist.PrefixStore(prefix, clients.side)  # most operations end before they need it
+                side = dist.PrefixStore(prefix, self._clients.side)  # most operations end before they need it
                 count += 1
-                side.set(f"beat/{self.rank}", str(count))
+                put(side, f"beat/{self.rank}", Beat(count, self.progress()).dumps())
                 if self._bell:
                     self._bell.ring()
                 if self._rounds and side.check([f"verdict/{(name := self._rounds[-1])}"]):
                     verdict: Verdict = pickle.loads(side.get(f"verdict/{name}"))  # noqa: S301 -- by rank 0 of this job
-                    self._why, self._pointless = str(verdict.error() or ""), name
-                if (ticks := side.add("ticks", 0)) != heard[0]:
-                    heard = (ticks, time.monotonic())
-                elif ticks and time.monotonic() - heard[1] > self._settings.beat_timeout:
+                    self._why, self._pointless = str(verdict.error(self) or ""), name
+                ticks = side.add("ticks", 0)
+                self._beaten = time.monotonic()
+                if ticks != heard[0]:
+                    heard = (ticks, self._beaten)
+                elif ticks and self._beaten - heard[1] > self._settings.beat_timeout:
                     self._cut_off.set()
         except dist.DistError:
             self._cut_off.set()  # whoever waits on the store says so
 
     def _await_verdict(self, name: str, phase: str) -> Verdict:
-        key, began = f"verdict/{name}", time.monotonic()
+        key = f"verdict/{name}"
         while True:
             # The count first: a bell that rings after this look is then still to be heard.
             ticks = self._store.add("ticks", 0)
@@ -136,17 +174,16 @@ class Shared(Control):
             try:
                 self._store.wait([f"tick/{ticks + 1}"], timedelta(seconds=self._settings.beat_timeout))
             except dist.DistStoreError:
-                if self._store.add("ticks", 0) == ticks and not self._store.check([key]):
-                    self._rank_0_is_silent(phase, time.monotonic() - began, called=ticks > 0)
+                if not self._store.add("ticks", 0) and not self._store.check([key]):
+                    self._rank_0_has_not_called(phase)
         verdict: Verdict = pickle.loads(self._store.get(key))  # noqa: S301 -- written by rank 0 of this job
         return verdict
 
-    def _rank_0_is_silent(self, phase: str, waited: float, *, called: bool) -> None:
-        if not called and waited < self._settings.agree_timeout:
-            logger.warning("rank %d waits for rank 0, which has not called yet (%.0f s)", self.rank, waited)
-            return
-        told = f"no sign of life for {self._settings.beat_timeout:.0f} s" if called else f"no call in {waited:.0f} s"
-        raise from_failures({0: Failure(0, self._store_host, phase, LeaderLost.__name__, told)})
+    def _rank_0_has_not_called(self, phase: str) -> None:
+        waited = time.monotonic() - self._began
+        if waited > self._settings.agree_timeout:
+            raise self._lost_rank_0(phase, f"no call in {waited:.0f} s")
+        logger.warning("still missing after %.0f s: rank %d, which all others wait for", waited, self.names[0])
 
     @contextlib.contextmanager
     def _gathering(
@@ -156,7 +193,7 @@ class Shared(Control):
         if self._bell is None:
             yield
             return
-        gathering = Gathering(self._bell, name, phase, ranks, self._settings)
+        gathering = Gathering(self, self._bell, name, phase, ranks, self._settings)
         thread = threading.Thread(target=gathering.run, args=(combine,), name="weightferry-gather", daemon=True)
         thread.start()
         try:
@@ -170,18 +207,23 @@ class Shared(Control):
     def all_told(self, seconds: float) -> None:
         """See `Control.all_told`."""
         until = time.monotonic() + seconds
-        with contextlib.suppress(dist.DistError):
-            told = self._store.add("told", 1)
+        with contextlib.suppress(dist.DistError, CollectError):
+            told = self._served(lambda: self._store.add("told", 1), "close")
             while told < self.world_size and time.monotonic() < until:
                 time.sleep(0.1)
-                told = self._store.add("told", 0)
+                told = self._served(lambda: self._store.add("told", 0), "close")
 
     def close(self) -> None:
         """See `Control.close`; the last rank to leave removes what is left in the store."""
         self._over.set()
+        if self._lost():
+            return  # the heart may be inside a call that does not return
         self._heart.join()
-        with contextlib.suppress(dist.DistError):
-            self._store.delete_key(f"beat/{self.rank}")
-            if self._store.add("left", 1) == self.world_size:
-                for key in (*(f"verdict/{name}" for name in self._rounds), *Bell.keys(self._store), "told", "left"):
-                    self._store.delete_key(key)
+        with contextlib.suppress(dist.DistError, CollectError):
+            self._served(self._tidy, "close")
+
+    def _tidy(self) -> None:
+        self._store.delete_key(f"beat/{self.rank}")
+        if self._store.add("left", 1) == self.world_size:
+            for key in (*(f"verdict/{name}" for name in self._rounds), *Bell.keys(self._store), "told", "left"):
+                self._store.delete_key(key)

@@ -1,10 +1,20 @@
-"""Clients of a `torch.distributed` store, and the two calls that its type stubs (torch 2.13) leave out."""
+"""Clients of a `torch.distributed` store, and what its type stubs (torch 2.13) leave out."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import cached_property
+from typing import Any, TypeVar
 
 from torch import distributed as dist
+
+T = TypeVar("T")
+
+_LOOK_EVERY = 0.25  # seconds between two looks whether an answer is still to be expected
 
 
 def put(store: dist.Store, key: str, value: bytes) -> None:
@@ -18,6 +28,35 @@ def clone(store: dist.Store) -> dist.Store:
     return other
 
 
+class Caller:
+    """Makes calls in a thread of its own, so that whoever wants the answer can stop waiting for it.
+
+    A call on a store whose process is stopped returns when that process goes on, or never: no client has a time limit
+    for `add`, `check` and `set` (torch 2.13).
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="weightferry-store", daemon=True).start()
+
+    def call(self, work: Callable[[], T], check: Callable[[], None]) -> T:
+        """Return what `work` returns, or raise what `check` raises while it has not returned."""
+        answer: Future[T] = Future()
+        self._calls.put((work, answer))
+        while not wait([answer], _LOOK_EVERY).done:
+            check()
+        return answer.result()
+
+    def _run(self) -> None:
+        while True:
+            work, answer = self._calls.get()
+            try:
+                answer.set_result(work())
+            except BaseException as error:  # noqa: BLE001 -- raised where the answer is waited for
+                answer.set_exception(error)
+            del work, answer  # not kept until the next call
+
+
 class Clients:
     """The two clients that a process needs of one store, made once and kept.
 
@@ -29,10 +68,15 @@ class Clients:
     ----------
     store
         The store to be another client of.
+
+    Attributes
+    ----------
+    lost : bool
+        Set when a call was given up: its client is no longer of use.
     """
 
     def __init__(self, store: dist.Store) -> None:
-        self.store = store
+        self.store, self.lost = store, False
 
     @cached_property
     def waiting(self) -> dist.Store:
@@ -43,3 +87,55 @@ class Clients:
     def side(self) -> dist.Store:
         """For everything beside it; nothing on this one may wait."""
         return clone(self.store)
+
+    @cached_property
+    def caller(self) -> Caller:
+        """Makes the calls on `waiting`."""
+        return Caller()
+
+
+class Recording(dist.Store):
+    """A store that remembers which keys were set through it, so that they can be removed.
+
+    Parameters
+    ----------
+    store
+        Where they go.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store = store
+        self._keys: set[str] = set()
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a key."""
+        self._keys.add(key)
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        """Wait for a key and read it."""
+        return self._store.get(key)
+
+    def add(self, key: str, value: int) -> int:
+        """Add to a counter."""
+        self._keys.add(key)
+        return self._store.add(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return self._store.check(keys)
+
+    def wait(self, keys: list[str], *limit: Any) -> None:
+        """Wait for keys."""
+        self._store.wait(keys, *limit)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Read keys."""
+        return self._store.multi_get(keys)
+
+    def remove_all(self) -> None:
+        """Remove what was set."""
+        with contextlib.suppress(dist.DistError):
+            for key in self._keys:
+                self._store.delete_key(key)

@@ -234,7 +234,7 @@ def run_together(work: Callable[[], Any]) -> Any:
         with staying_until_killed():
             value.append(work())
 
-    with operation(Settings.from_environ()) as control:
+    with operation(Settings.from_environ(), "run") as control:
         try:
             with watchdog(control):
                 control.round("run", held, lambda _: None)

@@ -27,8 +27,8 @@ def main(repo: str, out: Path) -> None:
     dist.init_process_group("gloo")
     # weightferry.stage(repo) and its report
     settings = Settings.from_environ()
-    with operation(settings) as control:
-        collected = collect(lambda: Wish({"": Ask.of(repo)}), control, settings, "stage")
+    with operation(settings, "stage") as control:
+        collected = collect(lambda: Wish({"": Ask.of(repo)}), control, settings)
     folder = collected.paths[""]
     model = _module(folder)
     pretrainer = weightferry.Pretrainer(

@@ -93,6 +93,6 @@ def bring(
         if plan.edges_of(me):
             from weightferry.transfer.ring import join  # torch is only needed where there are neighbours
 
-            join(orders, stock, passing, settings, control, course)
+            left.enter_context(join(orders, stock, passing, settings, control, course))
         course.wait()
     return Brought(course.origin_bytes, course.peer_bytes_in, course.peer_bytes_out, course.sha256, course.wrong)

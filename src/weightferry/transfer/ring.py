@@ -16,6 +16,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -251,12 +252,21 @@ class Receiver:
             return
 
 
-def join(orders: Orders, stock: Stock, passing: Passing, settings: Settings, control: Control, course: Course) -> None:
-    """Connect to the neighbours, and begin to send and to receive."""
+def join(
+    orders: Orders, stock: Stock, passing: Passing, settings: Settings, control: Control, course: Course
+) -> AbstractContextManager[object]:
+    """Connect to the neighbours, and begin to send and to receive.
+
+    Returns
+    -------
+    context manager
+        To be left when the transfer is over: it removes what neighbours met by.
+    """
+    met = contextlib.ExitStack()
     plan, me = orders.plan, control.rank
     for left, right in plan.edges_of(me):
         other = left if right == me else right
-        store = control.store(f"edge/{orders.attempt}/{left}-{right}")
+        store = met.enter_context(control.meeting(f"edge/{orders.attempt}/{left}-{right}"))
         with _patience(settings, course):
             edge = connect(store, int(right == me), Neighbour(other, orders.hosts[other]), settings, course)
         if left == me:
@@ -266,6 +276,7 @@ def join(orders: Orders, stock: Stock, passing: Passing, settings: Settings, con
             works = {"headers": receiver.headers, "bodies": receiver.bodies}
         for name, work in works.items():
             course.start(name, _patience(settings, course)(work))
+    return met
 
 
 @contextlib.contextmanager
