@@ -53,6 +53,10 @@ def deliver(control: Control, manifest: Manifest, agreed: Agreed, layout: CacheL
     try:
         for attempt in range(1, _ATTEMPTS + 1):
             surveys = surveying.all(doubted)
+            if _nothing_to_do(manifest, surveys, hosts):
+                me.held = me.held or surveying.mine.whole
+                control.seconds.setdefault("transfer", 0.0)
+                break
 
             def transfer(surveys: Mapping[int, Survey] = surveys, attempt: int = attempt) -> Brought:
                 mine = surveying.mine.whole
@@ -73,6 +77,12 @@ def deliver(control: Control, manifest: Manifest, agreed: Agreed, layout: CacheL
     finally:
         surveyor.release()
     return me
+
+
+def _nothing_to_do(manifest: Manifest, surveys: Mapping[int, Survey], hosts: Mapping[int, str]) -> bool:
+    """Whether every domain has every file, and the same bytes; every rank concludes the same from the same."""
+    whole = all(len(survey.whole) == sum(1 for _ in manifest.staged()) for survey in surveys.values())
+    return whole and not judge(manifest, surveys, dict.fromkeys(surveys, Brought()), hosts, final=False)
 
 
 class _Surveying:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from weightferry.cluster.control import Control, Solo
 from weightferry.cluster.topology import Topology, read_topology
-from weightferry.errors import BadRequest, NotDistributed, ranges
+from weightferry.errors import BadRequest, NotDistributed
 from weightferry.settings import Settings
 
 if TYPE_CHECKING:
@@ -101,9 +101,10 @@ def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]
 
     if not dist.is_available() or not dist.is_initialized() or (group is None and dist.get_world_size() == 1):
         return None, ()
+    # torch gives a number in place of the group to those that are not in it.
+    if group is not None and dist.get_rank(group) < 0:
+        raise BadRequest(f"rank {dist.get_rank()} is not in the group that it calls for")
     ranks = tuple(range(dist.get_world_size())) if group is None else tuple(dist.get_process_group_ranks(group))
-    if dist.get_rank() not in ranks:
-        raise BadRequest(f"rank {dist.get_rank()} calls for a group of ranks {ranges(list(ranks))}: it is none of them")
     if len(ranks) == 1:
         return None, ranks
     # There is no public way to the default group's store; torch's own checkpointing and vLLM use this one.

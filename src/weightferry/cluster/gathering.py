@@ -190,12 +190,17 @@ class Gathering:
         return {rank: self._failure(rank, LeaderLost, text) for rank, text in told.items()}
 
     def _stalled(self) -> dict[int, Failure]:
-        """Find ranks that live, and whose bytes stand still without a reason."""
+        """Find who lives and waits for bytes, when nowhere in the job any have come for too long.
+
+        Not rank by rank: whoever waits for a neighbour's next frame stands still while that one is slow.
+        """
         moving = {
             rank: said
             for rank, said in self._bell.progress.items()
             if rank in self._missing and said.phase == self._phase and not said.paused and said.done < said.expected
         }
+        total = sum(said.done for said in self._bell.progress.values())
+        waits = any(said.paused for rank, said in self._bell.progress.items() if rank in self._missing)
         return {
             rank: self._failure(
                 rank,
@@ -203,7 +208,7 @@ class Gathering:
                 f"{moving[rank].done} of {moving[rank].expected} bytes came, and none for "
                 f"{self._settings.stall_timeout:.0f} s",
             )
-            for rank in self._flow.stopped({rank: said.done for rank, said in moving.items()})
+            for rank in (moving if self._flow.stopped({0: total} if moving and not waits else {}) else ())
         }
 
     def _failure(self, rank: int, kind: type[CollectError], text: str) -> Failure:

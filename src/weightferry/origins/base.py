@@ -93,6 +93,10 @@ class TransientOriginError(OriginError):
         return (*super().__reduce__(), {"retry_after": self.retry_after})
 
 
+class Silent(TransientOriginError):
+    """The origin sends nothing more, and the connection was given up."""
+
+
 class Unreachable(TransientOriginError):
     """There is no way to the origin at this moment: no such name, nobody listens, no answer to a connection."""
 

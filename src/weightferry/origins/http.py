@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceChanged, SourceNotFound, redact
 from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import RangeIgnored, TransientOriginError, Unreachable
+from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -47,7 +47,8 @@ _IDENTITY = {"Accept-Encoding": "identity"}
 
 def timeouts(settings: Settings) -> Any:
     """Seconds for each wait of a request; a body may take as long as it likes while it moves."""
-    return httpx.Timeout(settings.read_timeout, connect=settings.connect_timeout)
+    # Shorter than a stall: a connection is given up and made anew before the operation is.
+    return httpx.Timeout(min(settings.read_timeout, settings.stall_timeout / 3), connect=settings.connect_timeout)
 
 
 class HttpOrigin:
@@ -163,6 +164,8 @@ def translated(subject: str) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise Unreachable(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
+    except httpx.ReadTimeout as error:
+        raise Silent(redact(f"{type(error).__name__}: nothing came"), subject=subject) from error
     except httpx.TransportError as error:
         kind = type(error).__name__
         raise TransientOriginError(redact(f"{kind}: {error}"), subject=subject) from error

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from weightferry.errors import OriginError
-from weightferry.origins.base import TransientOriginError
+from weightferry.errors import OriginError, Stalled
+from weightferry.origins.base import Silent, TransientOriginError
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,15 @@ class Watch(Protocol):
 
 
 class Retry:
-    """Attempts in a row that brought nothing, against the limit in the settings.
+    """Attempts in a row that brought nothing, against the limits in the settings.
+
+    An origin that answers with errors is given up after `retries`; one that says nothing at all after `stall_timeout`,
+    however many connections that takes.
 
     Parameters
     ----------
     settings
-        `retries` and `retry_wait`.
+        `retries`, `retry_wait` and `stall_timeout`.
     watch
         Looked at while waiting, so that a wait ends when the operation does.
     """
@@ -45,10 +48,12 @@ class Retry:
         self._settings = settings
         self._watch = watch
         self._failed = 0
+        self._moved = time.monotonic()
 
     def moved(self) -> None:
         """Something came: the count starts again."""
         self._failed = 0
+        self._moved = time.monotonic()
 
     def wait(self, error: TransientOriginError) -> None:
         """Wait before the next attempt, or give up.
@@ -57,7 +62,15 @@ class Retry:
         ------
         OriginError
             The limit is reached, or the origin asks for more patience than ten minutes.
+        Stalled
+            Nothing came for `stall_timeout`.
         """
+        if isinstance(error, Silent):
+            still = time.monotonic() - self._moved
+            if still >= self._settings.stall_timeout:
+                raise Stalled(f"nothing came for {still:.0f} s: {error}", subject=error.subject) from error
+            logger.info("%s: %s; trying again", error.subject, error)
+            return
         self._failed += 1
         asked = error.retry_after or 0.0
         if self._failed > self._settings.retries or asked > _PATIENCE:

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -141,17 +141,21 @@ class Ranks:
 
     def outcomes(self, timeout: float) -> list[RankOutcome]:
         """Wait for all ranks to end; see `run_ranks`."""
+        return self.outcomes_of(range(len(self._ends)), timeout)
+
+    def outcomes_of(self, ranks: Collection[int], timeout: float) -> list[RankOutcome]:
+        """Wait for some ranks to end."""
         outcomes: dict[int, RankOutcome] = {}
         until = time.monotonic() + timeout
-        while len(outcomes) < len(self._ends):
-            running = {end: rank for rank, end in enumerate(self._ends) if rank not in outcomes}
+        while len(outcomes) < len(ranks):
+            running = {self._ends[rank]: rank for rank in ranks if rank not in outcomes}
             ready = wait(list(running), max(0.0, until - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"ranks {sorted(running.values())} did not end within {timeout:.0f} s")
             for end in ready:
                 assert isinstance(end, Connection)  # noqa: S101 -- only those are waited for
                 outcomes[running[end]] = self._outcome(running[end], end)
-        return [outcomes[rank] for rank in range(len(self._ends))]
+        return [outcomes[rank] for rank in ranks]
 
     def _outcome(self, rank: int, end: Connection) -> RankOutcome:
         try:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable
 
 from weightferry.cluster.control import Control
 from weightferry.transfer.arriving import Wrong
 
 _LOOK_EVERY = 0.2  # seconds between two looks whether the operation still goes on
+# The interpreter must not end while one of these is inside gloo: it is then ended in the middle of C++, and takes the
+# process with it (SIGABRT, torch 2.13).
+_left_behind: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_UNTIL_OUT = 5.0  # seconds; neighbours that are alive close their connections within two
+
+
+@atexit.register
+def _await_left_behind() -> None:
+    until = time.monotonic() + _UNTIL_OUT
+    for thread in list(_left_behind):
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 class Stopped(Exception):
@@ -19,7 +33,7 @@ class Course:
     """Runs the threads of a transfer and waits for them.
 
     Threads that are told to stop may be inside a call that ends later: they are left behind, touch nothing any more
-    once it returns, and do not keep the process alive.
+    once it returns, and keep the process alive for some seconds at most.
 
     Parameters
     ----------
@@ -45,6 +59,7 @@ class Course:
         self.wrong: dict[int, Wrong] = {}
         self.stop = threading.Event()
         self._running = 0
+        self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
@@ -53,9 +68,11 @@ class Course:
 
     def start(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` in a thread; what it raises ends the transfer."""
+        thread = threading.Thread(target=self._run, args=(work,), name=f"weightferry-{name}", daemon=True)
         with self._changed:
             self._running += 1
-        threading.Thread(target=self._run, args=(work,), name=f"weightferry-{name}", daemon=True).start()
+            self._threads.append(thread)
+        thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -124,5 +141,9 @@ class Course:
                     self._control.check()
             if self._error is not None:
                 raise self._error
-        finally:
+        except BaseException:
             self.stop.set()
+            _left_behind.update(self._threads)
+            raise
+        for thread in self._threads:
+            thread.join()  # what it held of gloo is gone too then
