@@ -38,6 +38,8 @@ def main(verbose: int) -> None:
     logger = logging.getLogger("weightferry")
     logger.addHandler(handler)
     logger.setLevel(level)
+    # How far a long transfer is, is said in any case: it is what people look for in the log of a job.
+    logging.getLogger("weightferry.report.progress").setLevel(min(level, logging.INFO))
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from weightferry.cache.survey import Survey, Surveyor
 from weightferry.cluster.agree import Agreed
 from weightferry.cluster.control import Control
 from weightferry.manifest import Manifest
+from weightferry.report.progress import shown
 from weightferry.settings import Settings
 from weightferry.transfer.bring import Brought, bring
 from weightferry.transfer.plan import Orders, plan
@@ -45,57 +47,36 @@ def deliver(control: Control, manifest: Manifest, agreed: Agreed, layout: CacheL
     CollectError
         The same on every rank.
     """
-    me = Delivered()
-    hosts = {domain.leader: domain.host for domain in agreed.domains}
     surveyor = Surveyor(layout, manifest, Locks(settings.lock_timeout, control.check))
-    surveying = _Surveying(control, manifest, surveyor, settings, agreed)
-    doubted: Collection[int] = ()
-    try:
+    delivery = _Delivery(control, manifest, agreed, surveyor, settings)
+    with contextlib.ExitStack() as over:
+        over.callback(surveyor.release)
+        if control.rank == 0:
+            over.enter_context(shown(control.seen, delivery.hosts))
+        doubted: Collection[int] = ()
         for attempt in range(1, _ATTEMPTS + 1):
-            surveys = surveying.all(doubted)
-            if _nothing_to_do(manifest, surveys, hosts):
-                me.held = me.held or surveying.mine.whole
-                control.seconds.setdefault("transfer", 0.0)
+            surveys = delivery.survey(doubted)
+            if delivery.is_complete(surveys):
                 break
-
-            def transfer(surveys: Mapping[int, Survey] = surveys, attempt: int = attempt) -> Brought:
-                mine = surveying.mine.whole
-                me.held = me.held if attempt > 1 else mine
-                lacking = tuple(index for index in manifest.contents() if index not in mine)
-                brought = bring(Orders(plan(manifest, surveys), lacking, hosts, attempt), surveyor, settings, control)
-                me.brought += brought
-                return brought
-
-            def verdict(
-                values: Mapping[int, Brought], surveys: Mapping[int, Survey] = surveys, attempt: int = attempt
-            ) -> tuple[int, ...]:
-                return judge(manifest, surveys, values, hosts, final=attempt == _ATTEMPTS)
-
-            doubted = control.round("transfer", transfer, verdict, agreed.leaders, agreed.role(control.rank))
+            doubted = delivery.transfer(surveys, attempt)
             if not doubted:
                 break
-    finally:
-        surveyor.release()
-    return me
+    return delivery.mine
 
 
-def _nothing_to_do(manifest: Manifest, surveys: Mapping[int, Survey], hosts: Mapping[int, str]) -> bool:
-    """Whether every domain has every file, and the same bytes; every rank concludes the same from the same."""
-    whole = all(len(survey.whole) == sum(1 for _ in manifest.staged()) for survey in surveys.values())
-    return whole and not judge(manifest, surveys, dict.fromkeys(surveys, Brought()), hosts, final=False)
-
-
-class _Surveying:
-    """The surveys of all domains, with all locks on what is missing."""
+class _Delivery:
+    """The rounds of a delivery, as one rank takes part in them."""
 
     def __init__(
-        self, control: Control, manifest: Manifest, surveyor: Surveyor, settings: Settings, agreed: Agreed
+        self, control: Control, manifest: Manifest, agreed: Agreed, surveyor: Surveyor, settings: Settings
     ) -> None:
         self._control, self._manifest, self._surveyor, self._settings = control, manifest, surveyor, settings
         self._leaders, self._role = agreed.leaders, agreed.role(control.rank)
-        self.mine = Survey()
+        self.hosts = {domain.leader: domain.host for domain in agreed.domains}
+        self.mine = Delivered()
+        self._whole: Mapping[int, str] = {}
 
-    def all(self, doubted: Collection[int]) -> Mapping[int, Survey]:
+    def survey(self, doubted: Collection[int]) -> Mapping[int, Survey]:
         """Survey every domain at once; when another job holds locks, one after the other.
 
         The order is one that all jobs share. So no two of them ever wait for each other: whoever waits holds only
@@ -108,6 +89,8 @@ class _Surveying:
             self._surveyor.release()
             for leader in sorted(surveys, key=lambda leader: surveys[leader].cache):
                 surveys = {**surveys, **self._control.round("survey", self._wait, dict, (leader,), self._role)}
+        self.mine.held = self.mine.held or self._whole
+        self._control.seconds.setdefault("transfer", 0.0)
         return surveys
 
     def _wait(self) -> Survey:
@@ -115,14 +98,34 @@ class _Surveying:
             return self._look((), wait=True)
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
-        self.mine = self._surveyor.survey(wait=wait, doubted=doubted)
-        missing = [index for index in range(len(self._surveyor.files)) if index not in self.mine.whole]
-        cannot = {}
-        if len(self._leaders) > 1:
-            cannot = unreachable(self._manifest, missing, self._settings)
+        seen = self._surveyor.survey(wait=wait, doubted=doubted)
+        self._whole = seen.whole
+        missing = [index for index in range(len(self._surveyor.files)) if index not in seen.whole]
+        cannot = unreachable(self._manifest, missing, self._settings) if len(self._leaders) > 1 else {}
         # The others need the SHA-256 only where the manifest promises nothing.
-        whole = {i: "" if self._surveyor.files[i][1].checksum else text for i, text in self.mine.whole.items()}
-        return replace(self.mine, whole=whole, unreachable=cannot)
+        whole = {i: "" if self._surveyor.files[i][1].checksum else text for i, text in seen.whole.items()}
+        return replace(seen, whole=whole, unreachable=cannot)
+
+    def is_complete(self, surveys: Mapping[int, Survey]) -> bool:
+        """Whether every domain has every file, and the same bytes; every rank concludes the same from the same."""
+        whole = all(len(survey.whole) == len(self._surveyor.files) for survey in surveys.values())
+        nothing = dict.fromkeys(surveys, Brought())
+        return whole and not judge(self._manifest, surveys, nothing, self.hosts, final=False)
+
+    def transfer(self, surveys: Mapping[int, Survey], attempt: int) -> tuple[int, ...]:
+        """Bring what is missing; return the files that came wrong, and are to be brought once more."""
+
+        def work() -> Brought:
+            lacking = tuple(index for index in self._manifest.contents() if index not in self._whole)
+            orders = Orders(plan(self._manifest, surveys), lacking, self.hosts, attempt)
+            brought = bring(orders, self._surveyor, self._settings, self._control)
+            self.mine.brought += brought
+            return brought
+
+        def verdict(brought: Mapping[int, Brought]) -> tuple[int, ...]:
+            return judge(self._manifest, surveys, brought, self.hosts, final=attempt == _ATTEMPTS)
+
+        return self._control.round("transfer", work, verdict, self._leaders, self._role)
 
 
 def _compact(surveys: Mapping[int, Survey]) -> dict[int, Survey]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weightferry.errors import CollectError, Failure, cause_to_show, from_failures
+from weightferry.report.moved import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,34 +26,6 @@ R = TypeVar("R")
 
 class Aborted(Exception):
     """Raised by `Control.check` on a rank whose work is pointless: the operation has failed elsewhere."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a rank is that brings bytes for others; travels with its signs of life.
-
-    Attributes
-    ----------
-    phase : str
-        The round that it works in.
-    origin_bytes, peer_bytes : int
-        What has come in this operation.
-    expected : int
-        What is to come, as far as it is known.
-    paused : str
-        Why bytes stand still, when there is a reason that is no trouble; else empty.
-    """
-
-    phase: str = ""
-    origin_bytes: int = 0
-    peer_bytes: int = 0
-    expected: int = 0
-    paused: str = ""
-
-    @property
-    def done(self) -> int:
-        """Bytes that have come."""
-        return self.origin_bytes + self.peer_bytes
 
 
 class Control(ABC):

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import distributed as dist
 
-from weightferry.cluster.control import Control, Outcome, Progress, Verdict
+from weightferry.cluster.control import Control, Outcome, Verdict
 from weightferry.cluster.store import put
 from weightferry.errors import CollectError, Failure, LeaderLost, Stalled, ranges
+from weightferry.report.moved import Progress
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)

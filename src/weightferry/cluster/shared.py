@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 
 from torch import distributed as dist
 
-from weightferry.cluster.control import Aborted, Control, Outcome, Progress, Verdict
+from weightferry.cluster.control import Aborted, Control, Outcome, Verdict
 from weightferry.cluster.gathering import Beat, Bell, Gathering
 from weightferry.cluster.store import Clients, Recording, put
 from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
+from weightferry.report.moved import Progress
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
