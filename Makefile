@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-cluster check lint types clean
+.PHONY: demo test test-cluster soak check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -16,6 +16,10 @@ test: $(VENV)/.test
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
+
+# 200 transfers with faults at random; about ten minutes.
+soak: $(VENV)/.test
+	WEIGHTFERRY_TEST_TRIALS=200 $(BIN)/python -m pytest -n 0 tests/multiprocess/test_transfer.py -k never_a_wrong
 
 check: lint types test
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NoHook,
         NotDistributed,
         OriginError,
+        OriginUnreachable,
         PlanMismatch,
         SourceChanged,
         SourceNotFound,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "weightferry.errors": (
         "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NotDistributed "
-        "OriginError PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
+        "OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
     "weightferry.leading": "run_on_leader run_on_main",
     "weightferry.loading.registry": (
@@ -76,6 +77,7 @@ __all__ = [
     "NoHook",
     "NotDistributed",
     "OriginError",
+    "OriginUnreachable",
     "PlanMismatch",
     "Pretrainer",
     "Settings",

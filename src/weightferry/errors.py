@@ -164,6 +164,10 @@ class OriginError(CollectError, OSError):
     """The origin could not be reached or did not answer as it should, retries included."""
 
 
+class OriginUnreachable(OriginError):
+    """There is no way to the origin from any rank that could use one, retries included."""
+
+
 class SourceChanged(OriginError):
     """A file at the origin changed between the manifest and the reading of it."""
 
@@ -202,6 +206,7 @@ _KINDS: dict[str, type[CollectError]] = {
         SourceNotFound,
         AccessDenied,
         OriginError,
+        OriginUnreachable,
         SourceChanged,
         IntegrityError,
         LeaderLost,

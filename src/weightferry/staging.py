@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.publish import show
-from weightferry.cluster.agree import Wish, agree
+from weightferry.cluster.agree import Agreed, Wish, agree
 from weightferry.cluster.connect import operation
 from weightferry.cluster.control import Control
 from weightferry.delivery import deliver
-from weightferry.errors import BadRequest, at
+from weightferry.errors import BadRequest, OriginUnreachable, at
 from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.manifest import Manifest
 from weightferry.origins.resolve import Resolved, resolve
@@ -120,7 +120,7 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
     layout = CacheLayout(settings.cache_dir)
 
     mine, agreed = agree(control, lambda: _outside_cache(wish(), layout), settings)
-    resolved: Resolved = control.once("resolve", lambda: resolve(agreed.asks, settings, control))
+    resolved = _resolve(control, agreed, settings)
     manifest, leaders = resolved.manifest, agreed.leaders
     delivered = deliver(control, manifest, agreed, layout, settings)
     linking = time.monotonic()
@@ -149,6 +149,29 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
         "link", read_back, lambda parts: summarise(control.operation, agreed, manifest, parts, time.monotonic() - began)
     )
     return Collected(shown.paths, report)
+
+
+def _resolve(control: Control, agreed: Agreed, settings: Settings) -> Resolved:
+    """Ask the origins on rank 0; when there is no way to them from there, on the leaders: one gateway is enough."""
+    soon = replace(settings, retries=1) if len(agreed.leaders) > 1 else settings
+
+    def ask() -> Resolved | None:
+        try:
+            return resolve(agreed.asks, soon, control)
+        except OriginUnreachable:
+            if soon is settings:
+                raise
+            return None
+
+    def first(found: Mapping[int, Resolved | None]) -> Resolved | None:
+        return next((one for one in found.values() if one is not None), None)
+
+    resolved = control.round("resolve", ask, first, (0,))
+    if resolved is None:
+        others = [leader for leader in agreed.leaders if leader != 0]
+        resolved = control.round("resolve", ask, first, others, agreed.role(control.rank))
+    # Nobody gets there: rank 0 tries for as long as the settings say, and tells why not.
+    return resolved or control.once("resolve", lambda: resolve(agreed.asks, settings, control))
 
 
 def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:

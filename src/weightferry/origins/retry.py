@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from weightferry.errors import OriginError, Stalled
-from weightferry.origins.base import Silent, TransientOriginError
+from weightferry.errors import OriginError, OriginUnreachable, Stalled
+from weightferry.origins.base import Silent, TransientOriginError, Unreachable
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class Retry:
         asked = error.retry_after or 0.0
         if self._failed > self._settings.retries or asked > _PATIENCE:
             tries = f"{self._failed} attempts in a row" if asked <= _PATIENCE else f"asks to wait {asked:.0f} s"
-            raise OriginError(f"{error} ({tries})", subject=error.subject) from error
+            kind = OriginUnreachable if isinstance(error, Unreachable) else OriginError
+            raise kind(f"{error} ({tries})", subject=error.subject) from error
         # Full jitter: the nodes of a job must not come back all at once.
         wait = min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)  # noqa: S311
         logger.info("%s: %s; next attempt in %.1f s", error.subject, error, max(wait, asked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from weightferry.errors import CollectError, OriginError, at
+from weightferry.errors import CollectError, OriginUnreachable, at
 from weightferry.manifest import Manifest
 from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
 from weightferry.settings import Settings
@@ -110,7 +110,7 @@ def unreachable(
             origins(pinned.source.scheme, settings).reach(pinned, file.path)
         except TransientOriginError as error:
             if isinstance(error, Unreachable):
-                cannot[source] = OriginError(f"cannot be reached: {error}", subject=name)
+                cannot[source] = OriginUnreachable(f"cannot be reached: {error}", subject=name)
         except CollectError as error:
             cannot[source] = error
     return cannot
