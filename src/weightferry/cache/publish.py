@@ -63,6 +63,7 @@ def show(layout: CacheLayout, pinned: Pinned) -> None:
 def sweep_partials(layout: CacheLayout, ttl: float) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds: its writer was killed."""
     with contextlib.suppress(OSError):
-        for partial in layout.partial.glob("*/*"):
+        # And notes that were never written to their end; a cache may be full of others.
+        for partial in (*layout.partial.glob("*/*"), *layout.root.glob("verified/*/.*")):
             if time.time() - partial.stat().st_mtime > ttl:
                 partial.unlink()

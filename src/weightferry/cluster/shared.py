@@ -30,6 +30,8 @@ from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_LOOK = 0.02  # seconds between two looks whether all ranks know of a failure
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -56,6 +58,7 @@ class Shared(Control):
         super().__init__(rank, len(names), topology.host, f"{topology.host}/{topology.node_rank}", names)
         self._clients, self._settings = clients, settings
         self._rounds: list[str] = []
+        self._heard: list[str] = []
         self._pointless = ""  # the round that failed elsewhere while this rank still works for it, and how
         self._why = ""
         self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no verdict will come
@@ -122,8 +125,23 @@ class Shared(Control):
                 if cause is not None and not isinstance(cause, Exception):
                     raise cause  # KeyboardInterrupt and SystemExit go their way
             verdict = self._served(lambda: self._await_verdict(name, phase), phase)
+            if verdict.failures:
+                self._served(lambda: self._hear(name, verdict), phase)
         value: R = verdict.get(self, None if isinstance(cause, Aborted) else cause)
         return value
+
+    def _hear(self, name: str, verdict: Verdict) -> None:
+        """Note that this rank knows of a failure; rank 0 waits for the others, since the store may go with it."""
+        self._heard.append(f"heard/{name}")
+        heard = self._store.add(self._heard[-1], 1)
+        if self._bell:
+            lost = {failure.rank for failure in verdict.failures if failure.kind == LeaderLost.__name__}
+            living = sum(self.names[rank] not in lost for rank in self._bell.hosts)  # of those that have called
+            # Who works for the round notices at the next beat.
+            until = time.monotonic() + 2 * self._settings.beat_interval
+            while heard < living and time.monotonic() < until:
+                time.sleep(_LOOK)
+                heard = self._store.add(self._heard[-1], 0)
 
     def _publish(self, name: str, outcome: bytes) -> None:
         number = self._store.add(f"arrivals/{name}", 1)
@@ -226,5 +244,11 @@ class Shared(Control):
     def _tidy(self) -> None:
         self._store.delete_key(f"beat/{self.rank}")
         if self._store.add("left", 1) == self.world_size:
-            for key in (*(f"verdict/{name}" for name in self._rounds), *Bell.keys(self._store), "told", "left"):
+            for key in (
+                *(f"verdict/{name}" for name in self._rounds),
+                *self._heard,
+                *Bell.keys(self._store),
+                "told",
+                "left",
+            ):
                 self._store.delete_key(key)
