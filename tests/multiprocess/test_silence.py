@@ -56,7 +56,7 @@ def test_a_rank_that_is_stopped_counts_as_lost(slow: Nodes, rank: int) -> None:
     for outcome in stop(slow, rank):
         assert type(outcome.error) is LeaderLost, outcome
         assert {(f.rank, f.phase) for f in outcome.error.failures.values()} == {(rank, "transfer")}
-        assert "no sign of life for 4 s" in str(outcome.error)
+        assert "no sign of life for " in str(outcome.error)
 
 
 def test_an_origin_that_falls_silent_for_good(nodes: Nodes) -> None:

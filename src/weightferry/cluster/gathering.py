@@ -100,7 +100,9 @@ class Gathering:
         self._missing = set(ranks)
         self._read = 0
         self._outcomes: dict[int, Outcome] = {}
-        self._pulse = _Still(settings.beat_timeout)
+        # Seen from here, a beat is up to one interval old, and so is the look at it: together `beat_timeout`.
+        self._silence = max(settings.beat_timeout / 2, settings.beat_timeout - 2 * settings.beat_interval)
+        self._pulse = _Still(self._silence)
         # A leader gives up by itself first; this is for one that cannot, inside a call that does not return.
         self._flow = _Still(1.2 * settings.stall_timeout + 2 * settings.beat_interval)
         self._given_up = threading.Event()
@@ -182,7 +184,7 @@ class Gathering:
         """
         beats = self._beats()
         self._bell.progress |= {rank: said for rank, beat in beats.items() if (said := Beat.loads(beat).progress)}
-        told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for {self._settings.beat_timeout:.0f} s")
+        told = dict.fromkeys(self._pulse.stopped(beats), f"no sign of life for over {self._silence:.0f} s")
         for rank in self._watched - beats.keys():
             if rank in self._hosts:
                 told[rank] = "left in the middle of the operation"
