@@ -74,12 +74,12 @@ class Partial:
     def __repr__(self) -> str:
         return f"Partial({str(self.path)!r}, {self.there.total} of {self.size} bytes)"
 
-    def write(self, start: int, data: bytes | memoryview) -> None:
+    def write(self, start: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes to their place; they count once they are noted."""
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self._file, view, start)
-            start, view = start + count, view[count:]
+        with memoryview(data) as view:
+            done = 0
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], start + done)
 
     def note(self, run: Run) -> None:
         """Put down that a run is there."""

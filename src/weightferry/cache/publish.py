@@ -12,7 +12,7 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.partial import discard
 from weightferry.cache.survey import is_whole
-from weightferry.cache.verified import note_verified
+from weightferry.cache.verified import note_verified, survives_only_here
 from weightferry.manifest import File, Pinned
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
     sha256
         What was computed; noted where the origin publishes no checksum.
     sync
-        Wait until it is on the disk: without that a crash of the node may leave the name and lose the bytes. Small
-        files are hashed in every survey, which notices.
+        Wait until it is on the disk, where a crash could be missed otherwise (see `verified`). Small files are hashed
+        in every survey.
     """
-    if sync:
+    if sync and not survives_only_here(layout):
         with partial.open("rb") as written:
             os.fsync(written.fileno())
     if not file.checksum:

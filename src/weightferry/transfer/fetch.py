@@ -42,21 +42,27 @@ def fetch_range(
         What the origin says, its transient errors after the retries of the settings.
     """
     start, stop = span
-    partial, crc, noted_to = arriving.partial, 0, start
-    end = start
+    # Collected first: each call that lets other threads run is one more time to wait for them.
+    came = bytearray()
+
+    def keep() -> None:
+        nonlocal start
+        arriving.partial.write(start, came)
+        arriving.note(Run(start, start + len(came), zlib.crc32(came)))
+        start += len(came)
+        came.clear()
+
     try:
         for chunk in read(origin, arriving.pinned, arriving.file, span, settings, watch):
-            partial.write(end, chunk)
-            crc, end = zlib.crc32(chunk, crc), end + len(chunk)
-            if end - noted_to >= _NOTED_EVERY:
-                arriving.note(Run(noted_to, end, crc))
-                noted_to, crc = end, 0
+            came += chunk
+            if len(came) >= _NOTED_EVERY:
+                keep()
                 noted()
     finally:
-        if end > noted_to:
-            arriving.note(Run(noted_to, end, crc))
+        if came:
+            keep()
     if stop is None:
-        arriving.end_at(end)
+        arriving.end_at(start)
     noted()
 
 
