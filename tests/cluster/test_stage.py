@@ -45,6 +45,20 @@ def test_a_shared_cache_has_one_leader_in_all(hub: Served, testbed: Testbed) -> 
     check_every_node(hub, cache)
 
 
+def test_two_nodes_share_and_two_do_not(hub: Served, testbed: Testbed) -> None:
+    """One path on all nodes: what is there differs."""
+    cache, shared = testbed.local / "cache-mixed", testbed.shared / "cache-mixed"
+    shared.mkdir()
+    for node in testbed.nodes:
+        testbed.run(["mkdir", str(cache)], node)
+    for node in testbed.nodes[1:3]:
+        testbed.run(["mount", "--bind", str(shared), str(cache)], node)
+    report = hub.stage("--cache-dir", cache)
+    assert [domain["ranks"] for domain in report["domains"]] == [[0, 1], [2, 3, 4, 5], [6, 7]]
+    assert report["total"]["origin_bytes"] == SIZE
+    check_every_node(hub, cache)
+
+
 def test_torchrun_under_sbatch(hub: Served, testbed: Testbed, tmp_path: Path) -> None:
     """`train_torchrun.sbatch` as a user runs it: stage on every node, then one torchrun agent a node."""
     cache = testbed.local / "cache-sbatch"

@@ -142,6 +142,13 @@ def keys_after(times: int = 1) -> int:
     return dist.distributed_c10d._get_default_store().num_keys()
 
 
+def test_the_requests_of_a_rank_do_not_grow_with_the_ranks() -> None:
+    """At 8, 16 and 64 real clients; `benchmarks/store_scale.py` prints more."""
+    from benchmarks.store_scale import measure
+
+    assert {measure(size)[1] for size in (8, 64)} == {measure(16)[1]}
+
+
 def test_the_process_group_may_be_destroyed_and_made_again(model: Nodes) -> None:
     first, _, second = model.tries(
         partial(jobs.stage, "org/model"), partial(jobs.regroup, 30.0), partial(jobs.stage, "org/model")

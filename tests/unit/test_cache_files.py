@@ -13,11 +13,12 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
+from weightferry.cache import verified
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.publish import publish, show, sweep_partials
 from weightferry.cache.survey import Survey, is_whole, known_sha256
-from weightferry.cache.verified import is_verified
+from weightferry.cache.verified import is_verified, note_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
@@ -299,6 +300,19 @@ def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
     layout.blob(here, file).write_bytes(content)
     assert known_sha256(layout, here, file) == checksum.hexdigest
     assert is_verified(layout, here, file)
+
+
+def test_after_a_crash_of_the_machine_a_note_means_nothing(
+    layout: CacheLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, file = next(manifest_of(FakeOrigin({"m.bin": b"abc"})).staged())
+    blob = layout.blob(here, file)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"abc")
+    note_verified(layout, here, file)
+    assert is_verified(layout, here, file)
+    monkeypatch.setattr(verified, "boot_id", lambda: "the next kernel")
+    assert not is_verified(layout, here, file)
 
 
 @pytest.mark.parametrize(("path", "owned"), [("hub/x", True), ("objects", True), ("partial/y", True), ("links", False)])
