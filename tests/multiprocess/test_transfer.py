@@ -16,7 +16,7 @@ from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
 from tests.multiprocess.test_lost_ranks import wait_for
 from weightferry.errors import CollectError, IntegrityError, OriginUnreachable
-from weightferry.testing.hub import Fault
+from weightferry.testing.hub import Fault, HubOptions, HubServer
 from weightferry.testing.ranks import run_ranks
 
 MIB = 1 << 20
@@ -234,3 +234,22 @@ def test_never_a_wrong_file(four: Nodes) -> None:
 
 def stage_below(folder: Path) -> Any:
     return jobs.stage("org/model", cache_dir=folder / f"node{jobs.rank()}")
+
+
+def test_the_hub_is_asked_once_for_a_file_however_many_pieces(four: Nodes) -> None:
+    """It counts requests: 3,000 in five minutes without a token."""
+    assert right(four, 1) == TOTAL
+    asked = [request for request in four.hub.requests if request.kind == "redirect" and "w.bin" in request.path]
+    pieces = [request for request in four.hub.requests if request.kind == "content" and "w.bin" in request.path]
+    assert len(pieces) == 11
+    assert len(asked) <= 4, "once for each connection at most"
+
+
+def test_links_that_expire_are_asked_for_anew(tmp_path: Path) -> None:
+    options = HubOptions(link_lifetime=1.5)
+    with HubServer(options=options, bytes_per_second_per_connection=2.5e6) as hub:
+        nodes = Nodes(hub, tmp_path, ranks_a_node=1)
+        hub.add_repo("org/model", FILES)
+        assert right(nodes, 1) == TOTAL
+        refused = [request for request in hub.requests if request.kind == "content" and request.status >= 400]
+        assert refused, "the links did expire"

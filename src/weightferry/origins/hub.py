@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
@@ -38,6 +38,7 @@ class HubOrigin:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._places: dict[str, str] = {}
         self._api = HfApi(library_name="weightferry", library_version=__version__)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
@@ -73,10 +74,38 @@ class HubOrigin:
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
-        subject, timeout = f"{pinned.name}/{path}", timeouts(self._settings)
-        session = _Checked(get_session(), pinned.source, subject)
-        with get_range(session, self._url(pinned, path), _headers(), subject, start, stop, timeout=timeout) as response:
+        subject, url = f"{pinned.name}/{path}", self._url(pinned, path)
+        session, timeout = _Checked(get_session(), pinned.source, subject), timeouts(self._settings)
+        with ExitStack() as opened:
+            response, known = None, self._places.get(url)
+            if known:
+                # The link is signed, and may be refused by now.
+                with suppress(AccessDenied, SourceNotFound):
+                    part = get_range(session, known, {}, subject, start, stop, timeout=timeout)
+                    response = opened.enter_context(part)
+            if response is None:
+                place = self._place(session, url, subject) if start or stop is not None else url
+                headers = _headers() if place == url else {}
+                part = get_range(session, place, headers, subject, start, stop, timeout=timeout)
+                response = opened.enter_context(part)
             yield response.iter_raw()
+
+    def _place(self, session: _Checked, url: str, subject: str) -> str:
+        """Ask the Hub where the content of a file is; itself, when it sends that.
+
+        It counts requests, and every piece of a file would be one: the link that it answers with is kept. What leads
+        elsewhere on the Hub itself needs the token and is left to redirects.
+        """
+        options = {"timeout": timeouts(self._settings), "follow_redirects": False}
+        with (
+            translated(subject),
+            session.stream("GET", url, headers={**_headers(), "Range": "bytes=0-0"}, **options) as answer,
+        ):
+            link = str(urljoin(url, answer.headers.get("Location", "")))
+        if urlsplit(link).netloc == urlsplit(url).netloc:
+            return url
+        self._places[url] = link
+        return link
 
 
 def _headers() -> dict[str, str]:

@@ -70,12 +70,9 @@ class Plan:
         def colour(place: int) -> int:
             return 2 if size % 2 and place == 0 else place % 2
 
-        mine = [
-            (colour(place), place, (self.left(right), right))
-            for place, right in enumerate(self.ring)
-            if leader in (self.left(right), right) and self.passed_to(right) and size > 1
-        ]
-        return [edge for _, _, edge in sorted(mine)]
+        ends = {self.ring.index(right): right for right in (leader, self.right(leader)) if size > 1}
+        used = {place: right for place, right in ends.items() if self.passed_to(right)}
+        return [(self.left(used[place]), used[place]) for place in sorted(used, key=lambda p: (colour(p), p))]
 
 
 @dataclass(frozen=True)
