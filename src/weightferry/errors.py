@@ -172,6 +172,10 @@ class IntegrityError(CollectError):
     """Bytes are not the ones the manifest promises, and asking again did not help."""
 
 
+class Stalled(CollectError):
+    """Bytes stand still: an origin or a rank stopped sending, and asking again did not help."""
+
+
 class LeaderLost(CollectError):
     """A rank that others wait for no longer gives a sign of life."""
 
@@ -200,6 +204,7 @@ _KINDS: dict[str, type[CollectError]] = {
         OriginError,
         SourceChanged,
         IntegrityError,
+        Stalled,
         LeaderLost,
         LoadError,
         UnsafeFile,

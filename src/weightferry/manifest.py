@@ -24,12 +24,15 @@ class File:
         What the origin publishes.
     version : str
         ETag, modification time or the like: another version is another file. Empty when the checksum says it all.
+    ranges : bool
+        False where the origin can only send the whole file, in order.
     """
 
     path: str
     size: int | None
     checksum: Checksum | None = None
     version: str = ""
+    ranges: bool = True
 
     def __post_init__(self) -> None:
         # An origin is not trusted with paths either.

@@ -30,6 +30,9 @@ class Settings:
     connect_timeout, read_timeout : float
         Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
         Default 10 and 30.
+    stall_timeout : float
+        Seconds that bytes may stand still before an operation is given up. A connection without bytes is opened anew
+        after `read_timeout`, or a third of this where that is less. Default 300.
     retries : int
         How often in a row a read is tried again after a transient error, without a byte having come, before the error
         is final. Default 5.
@@ -53,6 +56,7 @@ class Settings:
     connections: int = 8
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
+    stall_timeout: float = 300.0
     retries: int = 5
     retry_wait: float = 0.5
     beat_interval: float = 2.0

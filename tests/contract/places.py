@@ -90,9 +90,13 @@ class HubPlace:
     def cut(self, after: int) -> None:
         self.server.faults.add(hubs.Fault(kind="content", cut_after=after, reset=True))
 
-    def close(self) -> None:
-        close_session()
+    def shut(self) -> None:
         self.server.close()
+
+    def close(self) -> None:
+        self.origin.close()
+        close_session()
+        self.shut()
 
 
 def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +134,12 @@ class HttpPlace:
     def cut(self, after: int) -> None:
         self.web.cut_after = after
 
-    def close(self) -> None:
+    def shut(self) -> None:
         self.web.close()
+
+    def close(self) -> None:
+        self.origin.close()
+        self.shut()
 
 
 class FolderPlace:

@@ -14,7 +14,7 @@ from tests.contract.places import FakePlace, FolderPlace, HttpPlace, HubPlace, M
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
 from weightferry.hashing import Hashes
 from weightferry.manifest import Pinned
-from weightferry.origins.base import TransientOriginError
+from weightferry.origins.base import TransientOriginError, Unreachable
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "empty.txt": b"", "weights.safetensors": BIG}
@@ -210,12 +210,14 @@ class TestStatus:
 
     def test_nobody_there(self, served: Any) -> None:
         pinned = resolve(served, "config.json")
-        served.close()
-        with pytest.raises(TransientOriginError):
-            resolve(served, "config.json")
-        with pytest.raises(TransientOriginError):
-            read(served, pinned, "config.json")
-        served.close = lambda: None
+        served.shut()
+        for call in (
+            lambda: resolve(served, "config.json"),
+            lambda: read(served, pinned, "config.json"),
+            lambda: served.origin.reach(served.source()),
+        ):
+            with pytest.raises(Unreachable):
+                call()
 
     @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
     def test_no_secret_in_any_text(self, served: Any, status: int, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -20,7 +20,8 @@ class Origin(Protocol):
     """Where bytes come from.
 
     An implementation classifies its errors: `TransientOriginError` may be tried again, every other
-    `weightferry.errors.CollectError` is final. It never retries by itself.
+    `weightferry.errors.CollectError` is final. It never retries by itself. Several threads may use one at once; whoever
+    made it closes it (`contextlib.closing`).
     """
 
     def __init__(self, settings: Settings) -> None: ...
@@ -57,6 +58,24 @@ class Origin(Protocol):
         """
         ...
 
+    def reach(self, source: Source) -> None:
+        """Ask whether this process can reach the origin and may read there: one cheap question, no second try.
+
+        It is over within `Settings.connect_timeout` and `Settings.read_timeout`. With a `source.path` the question is
+        about that file. Without one an answer of any kind will do where the origin, as plain http, knows only files.
+
+        Raises
+        ------
+        Unreachable
+            Nobody there, as seen from here.
+        SourceNotFound, AccessDenied, OriginError
+        """
+        ...
+
+    def close(self) -> None:
+        """Give connections back. Nothing is read through it afterwards; closing again does nothing."""
+        ...
+
 
 class TransientOriginError(OriginError):
     """The origin may well answer next time.
@@ -80,6 +99,14 @@ class TransientOriginError(OriginError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (*super().__reduce__(), {"retry_after": self.retry_after})
+
+
+class Unreachable(TransientOriginError):
+    """Nobody there: no such name, connection refused, or none within the connect time-out."""
+
+
+class Silent(TransientOriginError):
+    """The origin was reached, and then no byte came within the read time-out."""
 
 
 class RangeIgnored(Exception):

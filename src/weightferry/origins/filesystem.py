@@ -43,6 +43,12 @@ class FilesystemOrigin:
             file.seek(start)
             yield _chunks(file.read, None if stop is None else stop - start)
 
+    def reach(self, source: Source) -> None:
+        """See `Origin.reach`; every rank looks at its own folders anyway."""
+
+    def close(self) -> None:
+        """See `Origin.close`."""
+
 
 def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:
     while left is None or left > 0:

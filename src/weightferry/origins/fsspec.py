@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from fsspec.core import url_to_fs
 
 from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceNotFound, redact
 from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import CHUNK, TransientOriginError, reject_climbing
+from weightferry.origins.base import CHUNK, Silent, TransientOriginError, Unreachable, reject_climbing
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -35,7 +38,8 @@ class FsspecOrigin:
                 source, paths = Source(source.scheme, above, name), [name]
                 fs, root = _open(source)
             found = {file.path: file for path in paths for file in _files(fs, root, path, source)}
-        files = tuple(found[path] for path in sorted(found))
+            ranges = _sends_ranges(fs, root, found.values())
+        files = tuple(replace(found[path], ranges=ranges) for path in sorted(found))
         return Pinned(source, listing_commit(files), files)
 
     @contextmanager
@@ -49,6 +53,16 @@ class FsspecOrigin:
         # Not around the yield: what the reader does with the bytes may raise an OSError of its own (a full disk).
         yield _pieces(fs, _below(root, path), start, end, source)
 
+    def reach(self, source: Source) -> None:
+        """See `Origin.reach`."""
+        with _translated(source):
+            fs, root = _open(source)
+            fs.invalidate_cache()
+            fs.info(_below(root, source.path) if source.path else root)
+
+    def close(self) -> None:
+        """See `Origin.close`; fsspec keeps connections for the whole process, whoever uses them."""
+
 
 def _pieces(fs: Any, name: str, start: int, stop: int | None, source: Source) -> Iterator[bytes]:
     # cat_file asks the store for just these bytes; fs.open() would add a read-ahead cache of its own. Stores answer
@@ -61,6 +75,17 @@ def _pieces(fs: Any, name: str, start: int, stop: int | None, source: Source) ->
             return
         start += len(piece)
         yield piece
+
+
+def _sends_ranges(fs: Any, root: str, files: Iterable[File]) -> bool:
+    """Try it, with one byte of one file: not every file system below fsspec can, and none says so."""
+    large = next((file for file in files if (file.size or 0) > 1), None)
+    if large is None:
+        return True
+    try:
+        return len(fs.cat_file(_below(root, large.path), start=1, end=2)) == 1
+    except (NotImplementedError, ValueError, TypeError):
+        return False
 
 
 def _open(source: Source) -> tuple[Any, str]:
@@ -100,6 +125,13 @@ def _files(fs: Any, root: str, path: str, source: Source) -> Iterator[File]:
             raise reject_climbing(below, str(source)) from error
 
 
+_KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], type[TransientOriginError]], ...] = (
+    ((ConnectionRefusedError, socket.gaierror), Unreachable),
+    # asyncio's is another class than the built-in one up to Python 3.10, and fsspec's own derives from it.
+    ((TimeoutError, asyncio.TimeoutError), Silent),
+)
+
+
 @contextmanager
 def _translated(source: Source) -> Iterator[None]:
     """Turn what back ends raise into ours: fsspec asks them for the built-in `OSError` classes."""
@@ -114,8 +146,9 @@ def _translated(source: Source) -> Iterator[None]:
         raise AccessDenied(redact(f"no access: {error}"), subject=subject) from error
     except (IsADirectoryError, NotADirectoryError) as error:
         raise SourceNotFound(redact(str(error)), subject=subject) from error
-    except (OSError, TimeoutError) as error:
-        raise TransientOriginError(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
+    except (OSError, asyncio.TimeoutError) as error:
+        kind = next((ours for theirs, ours in _KINDS if isinstance(error, theirs)), TransientOriginError)
+        raise kind(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
     except ValueError as error:
         # url_to_fs raises it for a scheme that nobody registered.
         raise BadRequest(redact(str(error)), subject=subject) from error

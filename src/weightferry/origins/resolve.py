@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,8 +68,7 @@ def resolve(
     found: dict[Ask, Found] = {}
     for root, group in roots.items():
         paths = list(dict.fromkeys(understood[ask].path for ask in group))
-        with at(subject=str(understood[group[0]])):
-            origin = origins(root.scheme, settings)
+        with at(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
             pinned = retrying(settings, watch, lambda o=origin, r=root, p=paths: o.resolve(r, p))  # type: ignore[misc]
         for ask in group:
             # A root that turned out to be one file comes back as its folder and the file's path.

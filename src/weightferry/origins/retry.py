@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from weightferry.errors import OriginError
-from weightferry.origins.base import TransientOriginError
+from weightferry.errors import OriginError, Stalled
+from weightferry.origins.base import Silent, TransientOriginError
 from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,24 +31,32 @@ class Watch(Protocol):
 
 
 class Retry:
-    """Attempts in a row that brought nothing, against the limit in the settings.
+    """Attempts in a row that brought nothing, against the limits in the settings.
+
+    Refusals and broken connections are counted. Silence is not: it is measured, from the last byte that came or the
+    last refusal, so that a limit in seconds holds whatever the read time-out is.
 
     Parameters
     ----------
     settings
-        `retries` and `retry_wait`.
+        `retries`, `retry_wait` and `stall_timeout`.
     watch
         Looked at while waiting, so that a wait ends when the operation does.
+    clock
+        Seconds, of a clock that never goes back.
     """
 
-    def __init__(self, settings: Settings, watch: Watch) -> None:
+    def __init__(self, settings: Settings, watch: Watch, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._watch = watch
+        self._clock = clock
         self._failed = 0
+        self._heard = clock()
 
     def moved(self) -> None:
-        """Something came: the count starts again."""
+        """Something came: the count and the silence start again."""
         self._failed = 0
+        self._heard = self._clock()
 
     def wait(self, error: TransientOriginError) -> None:
         """Wait before the next attempt, or give up.
@@ -57,22 +65,40 @@ class Retry:
         ------
         OriginError
             The limit is reached, or the origin asks for more patience than ten minutes.
+        Stalled
+            The origin was silent for `stall_timeout` seconds.
         """
+        seconds = self._after_silence(error) if isinstance(error, Silent) else self._after_refusal(error)
+        logger.info("%s: %s; next attempt in %.1f s", error.subject, error, seconds)
+        self._pause(seconds)
+        if not isinstance(error, Silent):
+            self._heard = self._clock()
+
+    def _after_silence(self, error: Silent) -> float:
+        silence = self._clock() - self._heard
+        if silence >= self._settings.stall_timeout:
+            raise Stalled(f"{error} (no byte for {silence:.0f} s)", subject=error.subject) from error
+        return _jitter(self._settings.retry_wait)  # the time-out was a wait already
+
+    def _after_refusal(self, error: TransientOriginError) -> float:
         self._failed += 1
         asked = error.retry_after or 0.0
         if self._failed > self._settings.retries or asked > _PATIENCE:
             tries = f"{self._failed} attempts in a row" if asked <= _PATIENCE else f"asks to wait {asked:.0f} s"
             raise OriginError(f"{error} ({tries})", subject=error.subject) from error
-        # Full jitter: the nodes of a job must not come back all at once.
-        wait = min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)  # noqa: S311
-        logger.info("%s: %s; next attempt in %.1f s", error.subject, error, max(wait, asked))
-        self._pause(max(wait, asked))
+        wait = _jitter(min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)))
+        return asked + wait if asked else wait
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._watch.check()
             time.sleep(min(left, 0.2))
+
+
+def _jitter(seconds: float) -> float:
+    """Spread a wait: the nodes of a job must not come back all at once."""
+    return seconds * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 def retrying(settings: Settings, watch: Watch, call: Callable[[], T]) -> T:
