@@ -6,6 +6,8 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from uuid import uuid4
@@ -14,7 +16,7 @@ import fsspec
 import pytest
 
 from tests.contract.places import FolderPlace, HttpPlace, made, meaning, read, resolve
-from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceNotFound
+from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceChanged, SourceNotFound
 from weightferry.origins.base import RangeIgnored, TransientOriginError, origin_for
 from weightferry.settings import Settings
 
@@ -44,6 +46,72 @@ class TestHttp:
         with pytest.raises(RangeIgnored):
             read(http, pinned, "weights.safetensors", 5)
         assert read(http, pinned, "weights.safetensors") == BIG
+
+    def test_one_question_where_the_answer_tells_of_ranges(self, http: HttpPlace) -> None:
+        assert resolve(http, "config.json").files[0].ranges
+        assert [method for method, _, _ in http.web.seen] == ["HEAD"]
+
+    @pytest.mark.parametrize("accepts", [None, "none"])
+    @pytest.mark.parametrize("ranges", [True, False])
+    def test_ranges_are_tried_where_it_does_not(self, http: HttpPlace, accepts: str | None, ranges: bool) -> None:
+        http.web.accepts, http.web.ranges = accepts, ranges
+        (file,) = resolve(http, "weights.safetensors").files
+        assert (file.ranges, file.size) == (ranges, len(BIG))
+        assert [headers.get("Range") for _, _, headers in http.web.seen] == [None, "bytes=0-0"]
+
+    @pytest.mark.parametrize("ranges", [True, False])
+    @pytest.mark.parametrize("path", FILES)
+    def test_a_size_that_only_get_tells(self, http: HttpPlace, path: str, ranges: bool) -> None:
+        http.web.sizes, http.web.ranges = False, ranges
+        (file,) = resolve(http, path).files
+        assert (file.ranges, file.size) == (ranges, len(FILES[path]))
+
+    @pytest.mark.parametrize("methods", [{"HEAD", "GET"}, {"GET"}])
+    def test_an_empty_file_has_no_first_byte(self, http: HttpPlace, methods: set[str]) -> None:
+        http.put({"empty": b""})
+        http.web.methods, http.web.accepts = methods, None
+        pinned = resolve(http, "empty")
+        assert pinned.files[0].size == 0
+        assert read(http, pinned, "empty") == b""
+
+    @pytest.mark.parametrize("etags", [True, False])
+    @pytest.mark.parametrize("new", [BIG[:1000], BIG + b"x", b"y" * len(BIG)])
+    def test_a_file_that_changed_between_two_ranges(self, http: HttpPlace, new: bytes, etags: bool) -> None:
+        http.web.etags = etags
+        pinned = resolve(http, "weights.safetensors")
+        assert read(http, pinned, "weights.safetensors", 0, 5000) == BIG[:5000]
+        http.put({"weights.safetensors": new})
+        if not etags and len(new) == len(BIG):
+            return  # nothing tells; the nodes compare what they got
+        with pytest.raises(SourceChanged):
+            read(http, pinned, "weights.safetensors", 5000, 9000)
+
+    def test_a_precondition_that_failed(self, http: HttpPlace) -> None:
+        pinned = resolve(http, "weights.safetensors")
+        http.answer(412, {})
+        with pytest.raises(SourceChanged):
+            read(http, pinned, "weights.safetensors", 5)
+
+    def test_a_signed_url_is_reached_by_get(self, http: HttpPlace) -> None:
+        http.web.methods = {"GET"}
+        http.origin.reach(http.source("config.json"))
+        with pytest.raises(SourceNotFound):
+            http.origin.reach(http.source("gone.json"))
+
+    @pytest.mark.parametrize("status", [403, 404, 405])
+    def test_what_is_above_files_may_answer_as_it_likes(self, http: HttpPlace, status: int) -> None:
+        http.answer(status, {})
+        http.origin.reach(replace(http.source("config.json"), path=""))
+
+    def test_a_proxy_of_the_environment_is_used(self, http: HttpPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("http_proxy", http.web.url)
+        for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        source = meaning("http://weights.invalid/a%20b/config.json")
+        with closing(origin_for("http", Settings())) as origin:
+            pinned = origin.resolve(source, [source.path])
+            with origin.read(pinned, "config.json") as chunks:
+                assert b"".join(chunks) == FILES["config.json"]
 
     def test_a_server_without_versions_is_asked_every_time(self, http: HttpPlace) -> None:
         http.web.etags = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,30 @@ class TestRead:
         gone = Pinned(pinned.source, pinned.commit, (type(pinned.files[0])("gone.json", 8, version="1"),))
         with pytest.raises(SourceNotFound):
             read(place, gone, "gone.json")
+
+
+class TestReach:
+    def test_the_root_and_a_file(self, place: Place) -> None:
+        place.origin.reach(place.source("config.json"))
+        place.origin.reach(replace(place.source("config.json"), path=""))
+
+    def test_no_more_than_one_question(self, served: Any) -> None:
+        served.answer(503, {"Retry-After": "7"})
+        with pytest.raises(TransientOriginError) as raised:
+            served.origin.reach(served.source("config.json"))
+        assert raised.value.retry_after == 7
+        served.origin.reach(served.source("config.json"))
+
+    def test_without_the_right_to_read(self, served: Any) -> None:
+        served.answer(401, {})
+        with pytest.raises(AccessDenied):
+            served.origin.reach(replace(served.source("config.json"), path=""))
+
+
+def test_closing_twice(place: Place) -> None:
+    resolve(place, *FILES)
+    place.origin.close()
+    place.origin.close()
 
 
 class TestTransient:

@@ -58,8 +58,8 @@ class HubOrigin:
         file = pinned.file(path)
         url = content_url(pinned.source, pinned.commit, path)
         wanted = Wanted(url, f"{pinned.name}/{path}", start, stop, size=file.size)
-        with self._content.open(pinned.source, file, wanted) as response:
-            yield response.iter_raw()
+        with self._content.read(pinned.source, file, wanted) as chunks:
+            yield chunks
 
     def reach(self, source: Source) -> None:
         """See `Origin.reach`; a file that is not there tells as much as one that is: the Hub looks at rights first."""

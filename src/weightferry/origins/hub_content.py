@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from huggingface_hub import constants, get_token, hf_hub_url
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, parse_xet_file_data_from_response
 
 from weightferry._version import __version__
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import File
-from weightferry.origins.base import Unreachable
+from weightferry.origins.base import TransientOriginError, Unreachable
 from weightferry.origins.hub_errors import Checked
 from weightferry.origins.links import Link, Links
 from weightferry.origins.ranged import IDENTITY, Wanted, get_range, translated
 from weightferry.origins.transport import new_client, timeouts
+from weightferry.origins.xet import XetFile, XetReader
 from weightferry.settings import Settings
 from weightferry.sources import Source
+
+logger = logging.getLogger(__name__)
 
 _MOST_REDIRECTS = 5
 
 
 class HubContent:
-    """Opens files, whole or in ranges.
+    """Reads files, whole or in ranges.
 
     A large file costs the Hub one request a process and link, however many ranges of it are read: they are read where
-    the link leads until it is refused or ends. The token stays with the Hub.
+    the link leads until it is refused or ends, or through Xet. The token stays with the Hub.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,10 +42,12 @@ class HubContent:
         self._client = new_client(settings)
         self._own_route = True
         self._links = Links()
+        self._xet = XetReader(settings)
+        self._use_xet = self._xet.available
 
     @contextmanager
-    def open(self, source: Source, file: File, wanted: Wanted) -> Iterator[Any]:
-        """Open what is `wanted` and yield the response, its body not yet read; errors as of `get_range`.
+    def read(self, source: Source, file: File, wanted: Wanted) -> Iterator[Iterator[bytes]]:
+        """Open what is `wanted` and yield its bytes; errors as of `get_range`.
 
         Parameters
         ----------
@@ -49,16 +55,39 @@ class HubContent:
             Its URL is the one at the Hub.
         """
         with ExitStack() as opened:
-            yield self._open(opened, source, file, wanted)
+            if file.checksum is None or file.checksum.algorithm != "sha256":  # only files in LFS are behind links
+                yield opened.enter_context(self._from_hub(source, wanted)).iter_raw()
+                return
+            ask = partial(self._locate, source, wanted)
+            link = self._links.get(wanted.url, ask)
+            if link.xet and self._use_xet and wanted.start < link.xet.size:
+                yield opened.enter_context(closing(self._from_xet(link.xet, source, ask, wanted)))
+            else:
+                yield self._open(opened, source, ask, wanted).iter_raw()
 
     def close(self) -> None:
         """Close what is ours; huggingface_hub's session, which the process shares, stays open."""
         self._client.close()
+        self._xet.close()
 
-    def _open(self, opened: ExitStack, source: Source, file: File, wanted: Wanted) -> Any:
-        if file.checksum is None or file.checksum.algorithm != "sha256":  # only files in LFS are behind links
-            return opened.enter_context(self._from_hub(source, wanted))
-        ask = partial(self._locate, source, wanted)
+    def _from_xet(
+        self, file: XetFile, source: Source, ask: Callable[[], Link], wanted: Wanted
+    ) -> Generator[bytes, None, None]:
+        """Read through Xet, and what that fails to bring, by the link; nothing is asked of Xet a second time."""
+        done, stop = wanted.start, file.size if wanted.stop is None else min(wanted.stop, file.size)
+        try:
+            for chunk in self._xet.read(file, done, stop, headers(token=True)):
+                done += len(chunk)
+                yield chunk
+        except TransientOriginError as error:
+            logger.warning("%s: %s; going on by plain http from byte %d", wanted.subject, error, done)
+            self._use_xet = False
+        if done < stop:
+            with ExitStack() as opened:
+                yield from self._open(opened, source, ask, replace(wanted, start=done, stop=stop)).iter_raw()
+
+    def _open(self, opened: ExitStack, source: Source, ask: Callable[[], Link], wanted: Wanted) -> Any:
+        """Open the end of the link; one that is refused is asked for anew, once."""
         link = self._links.get(wanted.url, ask)
         try:
             return opened.enter_context(self._from_link(source, link, wanted))
@@ -110,8 +139,9 @@ class HubContent:
                     return Link()
                 response.read()  # so that the connection can be used again
                 target = urljoin(url, response.headers["Location"])
+                xet = _xet_file(url, response, wanted.size)
             if not _same_server(url, target):
-                return Link(target)
+                return Link(target, xet)
             url = target
         raise OriginError(f"more than {_MOST_REDIRECTS} redirects", subject=wanted.subject)
 
@@ -128,6 +158,14 @@ def headers(*, token: bool) -> dict[str, str]:
     # of a job would do. Whether a token is sent follows its rule.
     secret = get_token() if token and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else None
     return {"User-Agent": f"weightferry/{__version__}", **({"Authorization": f"Bearer {secret}"} if secret else {})}
+
+
+def _xet_file(url: str, response: Any, size: int | None) -> XetFile | None:
+    """What the Hub says of Xet; the token goes along to where it gives those for Xet, so that must be the Hub too."""
+    said = parse_xet_file_data_from_response(response, endpoint=constants.ENDPOINT)
+    if said is None or not size or not _same_server(url, said.refresh_route):
+        return None
+    return XetFile(said.file_hash, size, said.refresh_route)
 
 
 def _same_server(one: str, other: str) -> bool:

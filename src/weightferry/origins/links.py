@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from urllib.parse import parse_qs, urlsplit
 
+from weightferry.origins.xet import XetFile
+
 _MARGIN = 10.0  # seconds before its end in which a link is no longer used: clocks differ, and requests take their time
 
 
@@ -22,9 +24,12 @@ class Link:
     ----------
     url
         A secret while it is valid: whoever holds it may read. Empty: there is no link, the Hub itself sends the bytes.
+    xet
+        The other way to them, where there is one.
     """
 
     url: str = field(default="", repr=False)
+    xet: XetFile | None = None
 
     @property
     def expires(self) -> float:
