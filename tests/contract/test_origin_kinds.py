@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
@@ -10,15 +11,19 @@ from contextlib import closing
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
 import pytest
+from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.contract.places import FolderPlace, HttpPlace, made, meaning, read, resolve
-from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceChanged, SourceNotFound
-from weightferry.origins.base import RangeIgnored, TransientOriginError, origin_for
+from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
+from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable, origin_for
 from weightferry.settings import Settings
+from weightferry.sources import Source
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "weights.safetensors": BIG}
@@ -190,6 +195,87 @@ class TestChains:
             assert [file.path for file in pinned.files] == [name]
         finally:
             fs.rm(f"/{name}")
+
+
+class Poor(MemoryFileSystem):  # type: ignore[misc]
+    """A back end that cannot do what others can; its files are those of memory://."""
+
+    protocol = "poor"
+    error: Exception | None = None
+    info_error: Exception | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(path.replace("poor://", "memory://"))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        if self.error:
+            raise self.error
+        if start:
+            raise ValueError("no ranges here")
+        content: bytes = super().cat_file(path, start=0, end=end, **kwargs)
+        return content
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        if self.info_error:
+            raise self.info_error
+        return self._with_etag(super().info(path, **kwargs))
+
+    def find(self, path: str, **kwargs: Any) -> Any:
+        found = super().find(path, **kwargs)
+        return {name: self._with_etag(info) for name, info in found.items()} if kwargs.get("detail") else found
+
+    def _with_etag(self, info: dict[str, Any]) -> dict[str, Any]:
+        return info | {"ETag": str(hash(self.store[info["name"]].getvalue()))} if info["type"] == "file" else info
+
+
+class TestBackEnds:
+    """What fsspec leaves to each back end."""
+
+    @pytest.fixture
+    def poor(self) -> Iterator[Source]:
+        fsspec.register_implementation("poor", Poor, clobber=True)
+        folder = f"/{uuid4().hex}"
+        Poor().pipe_file(f"{folder}/m.bin", b"0123456789")
+        yield meaning(f"poor:/{folder}")
+        Poor.error = Poor.info_error = None
+        fsspec.filesystem("memory").rm(folder, recursive=True)
+
+    def test_one_without_ranges(self, poor: Source) -> None:
+        pinned = origin_for("poor", Settings()).resolve(poor, [""])
+        assert not pinned.files[0].ranges
+
+    def test_a_file_that_changed(self, poor: Source) -> None:
+        origin = origin_for("poor", Settings())
+        pinned = origin.resolve(poor, [""])
+        with origin.read(pinned, "m.bin") as chunks:
+            assert b"".join(chunks) == b"0123456789"
+            Poor().pipe_file(f"{poor.root.removeprefix('poor:/')}/m.bin", b"abcdefghij")
+        with pytest.raises(SourceChanged), origin.read(pinned, "m.bin", 0, 5) as chunks:
+            b"".join(chunks)
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours"),
+        [
+            (ConnectionRefusedError("no"), Unreachable),
+            (socket.gaierror("no such name"), Unreachable),
+            (TimeoutError(), Silent),
+            (FSTimeoutError(), Silent),
+            (ConnectionResetError("cut"), TransientOriginError),
+            (RuntimeError("EndpointConnectionError of some library"), TransientOriginError),
+            (PermissionError("no"), AccessDenied),
+            (FileNotFoundError("gone"), SourceNotFound),
+        ],
+    )
+    def test_errors(self, poor: Source, theirs: Exception, ours: type[CollectError]) -> None:
+        origin = origin_for("poor", Settings())
+        pinned = origin.resolve(poor, [""])
+        Poor.error = Poor.info_error = theirs
+        with pytest.raises(ours) as raised, origin.read(pinned, "m.bin") as chunks:
+            next(chunks)
+        assert type(raised.value) is ours
+        with pytest.raises(ours):
+            origin.reach(poor)
 
 
 class TestFolder:

@@ -9,24 +9,29 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
-from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceNotFound, redact
+from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceChanged, SourceNotFound, redact
 from weightferry.manifest import File, Pinned, listing_commit
 from weightferry.origins.base import CHUNK, Silent, TransientOriginError, Unreachable, reject_climbing
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-# What says which version of an object this is, by the name each back end gives it in `info()`.
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "versionId", "generation", "LastModified", "mtime", "created")
+# What says which version of an object this is, by the name each back end gives it.
+_EXACT = ("ETag", "etag", "md5Hash", "content_md5", "versionId", "generation")
+_VERSIONS = (*_EXACT, "LastModified", "mtime", "created")
 
 
 class FsspecOrigin:
-    """Objects behind fsspec, pinned by what the store says of their version."""
+    """Objects behind fsspec, pinned by what the store says of their version.
+
+    Each back end has its own configuration and time-outs, from its own environment variables; only `reach` has ours.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        del settings  # each back end has its own configuration, from its own environment variables
+        self._patience = settings.connect_timeout + settings.read_timeout
 
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
         """See `Origin.resolve`."""
@@ -48,23 +53,28 @@ class FsspecOrigin:
         source = pinned.source
         with _translated(source):
             fs, root = _open(source)
-        size = pinned.file(path).size
+        size, version = pinned.file(path).size, pinned.file(path).version
         end = min(stop, size) if stop is not None and size is not None else (size if stop is None else stop)
         # Not around the yield: what the reader does with the bytes may raise an OSError of its own (a full disk).
-        yield _pieces(fs, _below(root, path), start, end, source)
+        yield _pieces(fs, _below(root, path), start, end, version, source)
 
     def reach(self, source: Source) -> None:
         """See `Origin.reach`."""
         with _translated(source):
             fs, root = _open(source)
             fs.invalidate_cache()
-            fs.info(_below(root, source.path) if source.path else root)
+            name = _below(root, source.path) if source.path else root
+            if getattr(fs, "async_impl", False):
+                # Back ends try again by themselves, for minutes; this call of fsspec's own ends that.
+                sync(fs.loop, getattr(fs, "_info"), name, timeout=self._patience)  # noqa: B009 not ours, yet documented
+            else:
+                fs.info(name)
 
     def close(self) -> None:
         """See `Origin.close`; fsspec keeps connections for the whole process, whoever uses them."""
 
 
-def _pieces(fs: Any, name: str, start: int, stop: int | None, source: Source) -> Iterator[bytes]:
+def _pieces(fs: Any, name: str, start: int, stop: int | None, version: str, source: Source) -> Iterator[bytes]:
     # cat_file asks the store for just these bytes; fs.open() would add a read-ahead cache of its own. Stores answer
     # in tens of milliseconds, so a request should bring megabytes.
     step = 16 * CHUNK
@@ -72,9 +82,22 @@ def _pieces(fs: Any, name: str, start: int, stop: int | None, source: Source) ->
         with _translated(source):
             piece: bytes = fs.cat_file(name, start=start, end=start + step if stop is None else min(start + step, stop))
         if not piece:
-            return
+            break
         start += len(piece)
         yield piece
+    with _translated(source):
+        _check_version(fs, name, version)
+
+
+def _check_version(fs: Any, name: str, version: str) -> None:
+    """Look again when all bytes are there: `cat_file` has no way to ask for those of one version."""
+    key, _, value = version.partition(" ")
+    if key not in _EXACT:  # times have one form in a listing and another for a single object, even in memory://
+        return
+    fs.invalidate_cache()
+    now = fs.info(name).get(key)
+    if now and str(now) != value:
+        raise SourceChanged(f"changed at the origin during the transfer ({version} became {now})", subject=name)
 
 
 def _sends_ranges(fs: Any, root: str, files: Iterable[File]) -> bool:
@@ -118,7 +141,7 @@ def _files(fs: Any, root: str, path: str, source: Source) -> Iterator[File]:
         raise SourceNotFound("nothing there", subject=f"{source}/{path}" if path else str(source))
     for name, info in listed.items():
         below = name[len(root.rstrip("/")) :].lstrip("/")
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+        version = next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key)), "")
         try:
             yield File(below, info.get("size"), version=version)
         except (ValueError, BadRequest) as error:
@@ -152,3 +175,6 @@ def _translated(source: Source) -> Iterator[None]:
     except ValueError as error:
         # url_to_fs raises it for a scheme that nobody registered.
         raise BadRequest(redact(str(error)), subject=subject) from error
+    except Exception as error:
+        # A class of the back end's own library: botocore's, for an endpoint that nobody answers at.
+        raise TransientOriginError(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
