@@ -24,6 +24,7 @@ from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginErr
 from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable, origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source
+from weightferry.testing.origin import FakeOrigin, Fault
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "weights.safetensors": BIG}
@@ -276,6 +277,38 @@ class TestBackEnds:
         assert type(raised.value) is ours
         with pytest.raises(ours):
             origin.reach(poor)
+
+
+class TestFake:
+    """What tests of other parts can make of it."""
+
+    def test_one_without_ranges(self) -> None:
+        origin = FakeOrigin(FILES, ranges=False)
+        pinned = origin.resolve(meaning("fake://bucket"), [""])
+        assert {file.ranges for file in pinned.files} == {False}
+        with pytest.raises(RangeIgnored), origin.read(pinned, "config.json", 1):
+            pass
+        with origin.read(pinned, "config.json") as chunks:
+            assert b"".join(chunks) == FILES["config.json"]
+
+    def test_silence(self) -> None:
+        origin = FakeOrigin(FILES)
+        pinned = origin.resolve(meaning("fake://bucket"), [""])
+        origin.faults.append(Fault(silent_after=3))
+        with origin.read(pinned, "config.json") as chunks:
+            assert next(chunks) == FILES["config.json"][:3]
+            with pytest.raises(Silent):
+                next(chunks)
+
+    def test_one_that_is_not_reached(self) -> None:
+        origin, source = FakeOrigin(FILES), meaning("fake://bucket")
+        origin.faults.append(Fault(on="reach", error=Unreachable("nobody there")))
+        with pytest.raises(Unreachable):
+            origin.reach(source)
+        origin.reach(source)
+        assert origin.reaches == [source, source]
+        origin.close()
+        assert origin.closed == 1
 
 
 class TestFolder:
