@@ -31,10 +31,11 @@ class Settings:
         Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
         Default 10 and 30.
     stall_timeout : float
-        Seconds that bytes may stand still before an operation is given up. Default 300.
+        Seconds that bytes may stand still before an operation is given up. A connection without bytes is opened anew
+        after `read_timeout`, or a third of this where that is less. Default 300.
     retries : int
-        How often in a row a read is tried again after a transient error, without a byte having come, before the error
-        is final. Default 5.
+        How often in a row a read is tried again after a refusal or a broken connection, without a byte having come,
+        before the error is final; silence is limited by `stall_timeout` instead. Default 5.
     retry_wait : float
         Seconds before the first of these retries; doubled each time up to 60, with jitter. An origin's
         ``Retry-After`` is honoured when it asks for more. Default 0.5.

@@ -153,13 +153,13 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
 
 def _resolve(control: Control, agreed: Agreed, settings: Settings) -> Resolved:
     """Ask the origins on rank 0; when there is no way to them from there, on the leaders: one gateway is enough."""
-    soon = replace(settings, retries=1) if len(agreed.leaders) > 1 else settings
+    elsewhere = len(agreed.leaders) > 1
 
     def ask() -> Resolved | None:
         try:
-            return resolve(agreed.asks, soon, control)
+            return resolve(agreed.asks, settings, control, elsewhere=elsewhere)
         except OriginUnreachable:
-            if soon is settings:
+            if not elsewhere:
                 raise
             return None
 

@@ -143,7 +143,7 @@ def test_an_origin_that_does_not_answer_is_wrong(tmp_path, monkeypatch):
 
     assert done.returncode == 1
     (wrong,) = report["verdict"]["wrong"]
-    assert "the origin http://<hidden>@127.0.0.1:9/weights.bin: OriginError" in wrong
+    assert "the origin http://<hidden>@127.0.0.1:9/weights.bin: OriginUnreachable" in wrong
     assert "secret" not in done.stdout + done.stderr
 
 

@@ -90,9 +90,13 @@ class HubPlace:
     def cut(self, after: int) -> None:
         self.server.faults.add(hubs.Fault(kind="content", cut_after=after, reset=True))
 
-    def close(self) -> None:
-        close_session()
+    def shut(self) -> None:
         self.server.close()
+
+    def close(self) -> None:
+        self.origin.close()
+        close_session()
+        self.shut()
 
 
 def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +134,12 @@ class HttpPlace:
     def cut(self, after: int) -> None:
         self.web.cut_after = after
 
-    def close(self) -> None:
+    def shut(self) -> None:
         self.web.close()
+
+    def close(self) -> None:
+        self.origin.close()
+        self.shut()
 
 
 class FolderPlace:
@@ -210,6 +218,10 @@ class WebServer:
         What it knows.
     ranges, etags
         Whether it knows these.
+    accepts
+        What it says of ranges without being asked; None: nothing.
+    sizes
+        Whether a HEAD tells the size.
     seen
         Method, path with query, and headers of each request.
     """
@@ -218,7 +230,8 @@ class WebServer:
         self.files: dict[str, bytes] = {}
         self.failures: list[tuple[int, dict[str, str]]] = []
         self.cut_after: int | None = None
-        self.methods, self.ranges, self.etags = {"HEAD", "GET"}, True, True
+        self.methods, self.ranges, self.etags, self.sizes = {"HEAD", "GET"}, True, True, True
+        self.accepts: str | None = "bytes"
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
         self._server.daemon_threads = True
@@ -251,9 +264,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = web.files.get(unquote(urlsplit(self.path).path))
         if content is None:
             return self._send(404, {}, b"")
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'} if web.etags else {}
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers = {"ETag": etag} if web.etags else {}
+        if web.accepts:
+            headers["Accept-Ranges"] = web.accepts
         wanted = self.headers.get("Range", "").removeprefix("bytes=") if web.ranges else ""
-        if not wanted:
+        if not wanted or self.headers.get("If-Range", etag) != etag:
             return self._send(200, headers, content)
         first, _, last = wanted.partition("-")
         start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
@@ -264,7 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body)), "Connection": "close"}.items():
+        length = {"Content-Length": str(len(body))} if self.web.sizes or self.command == "GET" else {}
+        for name, value in {**headers, **length, "Connection": "close"}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.contract.places import FakePlace, FolderPlace, HttpPlace, HubPlace, M
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
 from weightferry.hashing import Hashes
 from weightferry.manifest import Pinned
-from weightferry.origins.base import TransientOriginError
+from weightferry.origins.base import TransientOriginError, Unreachable
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "empty.txt": b"", "weights.safetensors": BIG}
@@ -167,6 +168,30 @@ class TestRead:
             read(place, gone, "gone.json")
 
 
+class TestReach:
+    def test_the_root_and_a_file(self, place: Place) -> None:
+        place.origin.reach(place.source("config.json"))
+        place.origin.reach(replace(place.source("config.json"), path=""))
+
+    def test_no_more_than_one_question(self, served: Any) -> None:
+        served.answer(503, {"Retry-After": "7"})
+        with pytest.raises(TransientOriginError) as raised:
+            served.origin.reach(served.source("config.json"))
+        assert raised.value.retry_after == 7
+        served.origin.reach(served.source("config.json"))
+
+    def test_without_the_right_to_read(self, served: Any) -> None:
+        served.answer(401, {})
+        with pytest.raises(AccessDenied):
+            served.origin.reach(replace(served.source("config.json"), path=""))
+
+
+def test_closing_twice(place: Place) -> None:
+    resolve(place, *FILES)
+    place.origin.close()
+    place.origin.close()
+
+
 class TestTransient:
     @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
     def test_status(self, failing: Any, status: int) -> None:
@@ -210,12 +235,14 @@ class TestStatus:
 
     def test_nobody_there(self, served: Any) -> None:
         pinned = resolve(served, "config.json")
-        served.close()
-        with pytest.raises(TransientOriginError):
-            resolve(served, "config.json")
-        with pytest.raises(TransientOriginError):
-            read(served, pinned, "config.json")
-        served.close = lambda: None
+        served.shut()
+        for call in (
+            lambda: resolve(served, "config.json"),
+            lambda: read(served, pinned, "config.json"),
+            lambda: served.origin.reach(served.source()),
+        ):
+            with pytest.raises(Unreachable):
+                call()
 
     @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
     def test_no_secret_in_any_text(self, served: Any, status: int, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

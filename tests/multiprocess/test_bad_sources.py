@@ -22,6 +22,7 @@ from weightferry.errors import (
     CollectError,
     IntegrityError,
     OriginError,
+    OriginUnreachable,
     SourceNotFound,
 )
 from weightferry.testing.hub import Fault, HubServer
@@ -63,7 +64,7 @@ def check_nothing_half_done_and_going_on(nodes: Nodes, after: list[jobs.Got]) ->
         (partial(jobs.stage, "org/private"), SourceNotFound, "no such model"),
         (partial(jobs.stage, "file:///no/such/folder"), SourceNotFound, "/no/such/folder: no such local file"),
         (partial(jobs.stage, "nonsense://x/y"), BadRequest, "nonsense"),
-        (partial(jobs.stage, "http://127.0.0.1:9/x.bin"), OriginError, "(3 attempts in a row)"),
+        (partial(jobs.stage, "http://127.0.0.1:9/x.bin"), OriginUnreachable, "(3 attempts in a row)"),
     ],
 )
 def test_the_rank_that_resolves_fails_and_all_say_so(

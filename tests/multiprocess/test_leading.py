@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -106,35 +105,29 @@ def in_the_upper_half() -> Any:
 
 
 AGAIN = """
-import os, sys, time
-import torch.distributed as dist
-import weightferry
-dist.init_process_group("gloo")
+import os
+from weightferry.cli import main
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-weightferry.stage("org/model")
-if first and dist.get_rank() == 1:
+main(["stage", "org/model"], standalone_mode=False)
+if first and os.environ["RANK"] == "1":
     os._exit(3)  # in the middle of the others' next call
-path = weightferry.stage("org/model")
-size, life = (path / "w.bin").stat().st_size, os.environ["TORCHELASTIC_RESTART_COUNT"]
-print("rank", dist.get_rank(), "has", size, "in life", life)
-dist.destroy_process_group()
+main(["stage", "org/model"], standalone_mode=False)
+print("rank", os.environ["RANK"], "ends in life", os.environ["TORCHELASTIC_RESTART_COUNT"])
 """
 
 
 def test_an_elastic_restart_finds_nothing_of_the_attempt_before(nodes: Nodes) -> None:
+    """On the agent's store, which outlives the attempt."""
     nodes.hub.add_repo("org/model", FILES)
     script = nodes.place / "again.py"
     script.write_text(AGAIN)
     with meeting_point() as port:
-        # One restart is ours. Without any of our code the next init_process_group("gloo") fails in one of three (torch
-        # 2.13, "connectFullMesh failed"), hence some more.
-        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=5"]
+        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--max-restarts=1"]
         run += ["--rdzv-backend=c10d", "--rdzv-id=again", f"--rdzv-endpoint=127.0.0.1:{port}"]
         run += ["--rdzv-conf=is_host=0", "--local-addr=127.0.0.1", str(script)]
         (done,) = together([(run, clean_environ(nodes))], nodes.place / "agent")
     assert done.code == 0, done.err
-    told = re.findall(r"^rank (\d) has 3000000 in life [1-5]$", done.out, re.MULTILINE)
-    assert sorted(told) == ["0", "1"]
+    assert {f"rank {rank} ends in life 1" for rank in (0, 1)} <= set(done.out.splitlines())
 
 
 def mixed(places: list[list[Path]]) -> list[Any]:

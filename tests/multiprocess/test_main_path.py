@@ -143,10 +143,10 @@ def keys_after(times: int = 1) -> int:
 
 
 def test_the_requests_of_a_rank_do_not_grow_with_the_ranks() -> None:
-    """At 8, 16 and 64 real clients; `benchmarks/store_scale.py` prints more."""
+    """With real clients; `benchmarks/store_scale.py` prints more, up to 2,048 ranks."""
     from benchmarks.store_scale import measure
 
-    assert {measure(size)[1] for size in (8, 64)} == {measure(16)[1]}
+    assert measure(8)[1] == measure(32)[1]
 
 
 def test_the_process_group_may_be_destroyed_and_made_again(model: Nodes) -> None:

@@ -65,7 +65,7 @@ def test_an_origin_that_falls_silent_for_good(nodes: Nodes) -> None:
         nodes.hub.faults.add(Fault(path_suffix="w.bin", kind="content", silent_after=place, times=times))
     nodes.variables |= {"WEIGHTFERRY_STALL_TIMEOUT": "3", "WEIGHTFERRY_BEAT_INTERVAL": "0.3"}
     (gots,) = nodes.tries(partial(jobs.stage, "org/model"))
-    failed_alike(gots, Stalled, "transfer", {0, 2}, "nothing came for ", "w.bin")
+    failed_alike(gots, Stalled, "transfer", {0, 2}, "no byte for ", "w.bin")
     reads = [request for request in nodes.hub.requests if request.kind == "content"]
     assert len(reads) >= 4, "it was asked again before it was given up"
     nodes.hub.faults.clear()

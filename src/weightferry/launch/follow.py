@@ -54,7 +54,8 @@ def follow(job: submitit.Job[Any], say: Callable[[str], None]) -> int:
         return 0
     say(errors[0])
     failed = [code for _, code in sorted(exit_codes(job).items()) if code]
-    return failed[0] if failed and failed[0] > 0 else 1
+    # When one task fails, Slurm ends the others: their signals are not what went wrong.
+    return next((code for code in failed if code > 0), 1)
 
 
 def _has_result(job: submitit.Job[Any], number: int) -> bool:

@@ -20,7 +20,8 @@ class Origin(Protocol):
     """Where bytes come from.
 
     An implementation classifies its errors: `TransientOriginError` may be tried again, every other
-    `weightferry.errors.CollectError` is final. It never retries by itself.
+    `weightferry.errors.CollectError` is final. It never retries by itself. Several threads may use one at once; whoever
+    made it closes it (`contextlib.closing`).
     """
 
     def __init__(self, settings: Settings) -> None: ...
@@ -42,17 +43,6 @@ class Origin(Protocol):
         """
         ...
 
-    def reach(self, pinned: Pinned, path: str) -> None:
-        """Ask, without its content, whether this process may read a file: one request, no second try.
-
-        Raises
-        ------
-        Unreachable
-            There is no way to the origin from here.
-        SourceNotFound, AccessDenied, OriginError
-        """
-        ...
-
     def read(
         self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
@@ -66,6 +56,24 @@ class Origin(Protocol):
             The file is no longer the one that was pinned.
         SourceNotFound, AccessDenied, OriginError
         """
+        ...
+
+    def reach(self, source: Source) -> None:
+        """Ask whether this process can reach the origin and may read there: one cheap question, no second try.
+
+        It is over within `Settings.connect_timeout` and `Settings.read_timeout`. With a `source.path` the question is
+        about that file. Without one an answer of any kind will do where the origin, as plain http, knows only files.
+
+        Raises
+        ------
+        Unreachable
+            Nobody there, as seen from here.
+        SourceNotFound, AccessDenied, OriginError
+        """
+        ...
+
+    def close(self) -> None:
+        """Give connections back. Nothing is read through it afterwards; closing again does nothing."""
         ...
 
 
@@ -93,12 +101,12 @@ class TransientOriginError(OriginError):
         return (*super().__reduce__(), {"retry_after": self.retry_after})
 
 
-class Silent(TransientOriginError):
-    """The origin sends nothing more, and the connection was given up."""
-
-
 class Unreachable(TransientOriginError):
-    """There is no way to the origin at this moment: no such name, nobody listens, no answer to a connection."""
+    """Nobody there: no such name, connection refused, or none within the connect time-out."""
+
+
+class Silent(TransientOriginError):
+    """The origin was reached, and then no byte came within the read time-out."""
 
 
 class RangeIgnored(Exception):

@@ -33,11 +33,6 @@ class FilesystemOrigin:
             files = {file.path: file for path in paths for file in _files(root, path)}
         return Pinned(source, "", tuple(files[path] for path in sorted(files)))
 
-    def reach(self, pinned: Pinned, path: str) -> None:
-        """See `Origin.reach`."""
-        with _translated(Path(pinned.source.root) / path):
-            (Path(pinned.source.root) / path).stat()
-
     @contextlib.contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
@@ -47,6 +42,12 @@ class FilesystemOrigin:
                 file = opened.enter_context(at.open("rb"))
             file.seek(start)
             yield _chunks(file.read, None if stop is None else stop - start)
+
+    def reach(self, source: Source) -> None:
+        """See `Origin.reach`; every rank looks at its own folders anyway."""
+
+    def close(self) -> None:
+        """See `Origin.close`."""
 
 
 def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.utils import filter_repo_objects
@@ -51,8 +53,15 @@ def resolve(
     settings: Settings,
     watch: Watch,
     origins: Callable[[str, Settings], Origin] = origin_for,
+    *,
+    elsewhere: bool = False,
 ) -> Resolved:
     """Pin every source once, however many files of it are wanted.
+
+    Parameters
+    ----------
+    elsewhere
+        Other ranks could ask too: having no way to an origin is told at once.
 
     Raises
     ------
@@ -67,9 +76,8 @@ def resolve(
     found: dict[Ask, Found] = {}
     for root, group in roots.items():
         paths = list(dict.fromkeys(understood[ask].path for ask in group))
-        with at(subject=str(understood[group[0]])):
-            origin = origins(root.scheme, settings)
-            pinned = retrying(settings, watch, lambda o=origin, r=root, p=paths: o.resolve(r, p))  # type: ignore[misc]
+        with at(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
+            pinned = retrying(settings, watch, partial(origin.resolve, root, paths), elsewhere=elsewhere)
         for ask in group:
             # A root that turned out to be one file comes back as its folder and the file's path.
             path = pinned.source.path or understood[ask].path

@@ -33,8 +33,8 @@ class Watch(Protocol):
 class Retry:
     """Attempts in a row that brought nothing, against the limits in the settings.
 
-    An origin that answers with errors is given up after `retries`; one that says nothing at all after `stall_timeout`,
-    however many connections that takes.
+    Refusals and broken connections are counted. Silence is not: it is measured, from the last byte that came or the
+    last refusal, so that a limit in seconds holds whatever the read time-out is.
 
     Parameters
     ----------
@@ -42,18 +42,21 @@ class Retry:
         `retries`, `retry_wait` and `stall_timeout`.
     watch
         Looked at while waiting, so that a wait ends when the operation does.
+    clock
+        Seconds, of a clock that never goes back.
     """
 
-    def __init__(self, settings: Settings, watch: Watch) -> None:
+    def __init__(self, settings: Settings, watch: Watch, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._watch = watch
+        self._clock = clock
         self._failed = 0
-        self._moved = time.monotonic()
+        self._heard = clock()
 
     def moved(self) -> None:
-        """Something came: the count starts again."""
+        """Something came: the count and the silence start again."""
         self._failed = 0
-        self._moved = time.monotonic()
+        self._heard = self._clock()
 
     def wait(self, error: TransientOriginError) -> None:
         """Wait before the next attempt, or give up.
@@ -62,25 +65,32 @@ class Retry:
         ------
         OriginError
             The limit is reached, or the origin asks for more patience than ten minutes.
+        OriginUnreachable
+            The same, when there is no way to the origin.
         Stalled
-            Nothing came for `stall_timeout`.
+            The origin was silent for `stall_timeout` seconds.
         """
-        if isinstance(error, Silent):
-            still = time.monotonic() - self._moved
-            if still >= self._settings.stall_timeout:
-                raise Stalled(f"nothing came for {still:.0f} s: {error}", subject=error.subject) from error
-            logger.info("%s: %s; trying again", error.subject, error)
-            return
+        seconds = self._after_silence(error) if isinstance(error, Silent) else self._after_refusal(error)
+        logger.info("%s: %s; next attempt in %.1f s", error.subject, error, seconds)
+        self._pause(seconds)
+        if not isinstance(error, Silent):
+            self._heard = self._clock()
+
+    def _after_silence(self, error: Silent) -> float:
+        silence = self._clock() - self._heard
+        if silence >= self._settings.stall_timeout:
+            raise Stalled(f"{error} (no byte for {silence:.0f} s)", subject=error.subject) from error
+        return _jitter(self._settings.retry_wait)  # the time-out was a wait already
+
+    def _after_refusal(self, error: TransientOriginError) -> float:
         self._failed += 1
         asked = error.retry_after or 0.0
         if self._failed > self._settings.retries or asked > _PATIENCE:
             tries = f"{self._failed} attempts in a row" if asked <= _PATIENCE else f"asks to wait {asked:.0f} s"
             kind = OriginUnreachable if isinstance(error, Unreachable) else OriginError
             raise kind(f"{error} ({tries})", subject=error.subject) from error
-        # Full jitter: the nodes of a job must not come back all at once.
-        wait = min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)) * random.uniform(0.5, 1.0)  # noqa: S311
-        logger.info("%s: %s; next attempt in %.1f s", error.subject, error, max(wait, asked))
-        self._pause(max(wait, asked))
+        wait = _jitter(min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)))
+        return asked + wait if asked else wait
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -89,11 +99,24 @@ class Retry:
             time.sleep(min(left, 0.2))
 
 
-def retrying(settings: Settings, watch: Watch, call: Callable[[], T]) -> T:
-    """Call until it answers, or until `Retry` gives up."""
+def _jitter(seconds: float) -> float:
+    """Spread a wait: the nodes of a job must not come back all at once."""
+    return seconds * random.uniform(0.5, 1.0)  # noqa: S311
+
+
+def retrying(settings: Settings, watch: Watch, call: Callable[[], T], *, elsewhere: bool = False) -> T:
+    """Call until it answers, or until `Retry` gives up.
+
+    Parameters
+    ----------
+    elsewhere
+        There are others who could call: having no way to the origin is then told at once.
+    """
     retry = Retry(settings, watch)
     while True:
         try:
             return call()
         except TransientOriginError as error:
+            if elsewhere and isinstance(error, Unreachable):
+                raise OriginUnreachable(str(error), subject=error.subject) from error
             retry.wait(error)

@@ -4,62 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import hmac
-import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from weightferry.testing._hub_access import commit_of
 from weightferry.testing._hub_commits import ContentGoneError, Entry
+from weightferry.testing._hub_links import SignedLinks
 from weightferry.testing._hub_repos import Repo
 from weightferry.testing._hub_wire import Answer, RefusedError, Request, content, error, same_etag
+from weightferry.testing._hub_xet import Xet
 
 # What the CDN before the Hub compresses; it does so for text and never for LFS files.
 _TEXT = {".cfg", ".csv", ".html", ".jinja", ".json", ".jsonl", ".md", ".py", ".txt", ".xml", ".yaml", ".yml"}
-
-
-class SignedLinks:
-    """Links that are valid for a time, for whoever holds them.
-
-    Parameters
-    ----------
-    lifetime
-        In seconds. The Hub's are valid for about an hour.
-    """
-
-    def __init__(self, lifetime: float) -> None:
-        self._lifetime = lifetime
-        self._secret = secrets.token_bytes(16)
-
-    def query(self, path: str) -> str:
-        """Sign a path (decoded: clients may quote it in their own way)."""
-        expires = str(int(time.time() + self._lifetime))
-        return urlencode({"Expires": expires, "Signature": self._signature(path, expires), "Key-Pair-Id": "TEST"})
-
-    def check(self, request: Request) -> None:
-        """Refuse, with 403, a request that has no valid signature (any more)."""
-        query = request.query
-        expires, signature = query.get("Expires", ["0"])[-1], query.get("Signature", [""])[-1]
-        right = self._signature(request.path, expires)
-        if not hmac.compare_digest(signature.encode(), right.encode()):
-            raise RefusedError(_denied("Access denied"))
-        if int(expires) <= time.time():
-            raise RefusedError(_denied("Request has expired"))
-
-    def expire(self) -> None:
-        """Make all links invalid that were handed out so far."""
-        self._secret = secrets.token_bytes(16)
-
-    def _signature(self, path: str, expires: str) -> str:
-        return hmac.new(self._secret, f"{path} {expires}".encode(), hashlib.sha256).hexdigest()
-
-
-def _denied(message: str) -> Answer:
-    body = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code><Message>{message}</Message></Error>'
-    return Answer(403, {"Content-Type": "application/xml"}, body.encode())
 
 
 class Files:
@@ -69,13 +27,16 @@ class Files:
     ----------
     cdn
         Host and port of the address where LFS files are; an empty host means the one that the client uses.
+    xet
+        Another way to read what is in LFS; None: there is none.
     compress_text
         Whether text goes out compressed to who accepts that.
     """
 
-    def __init__(self, links: SignedLinks, cdn: tuple[str, int], *, compress_text: bool) -> None:
+    def __init__(self, links: SignedLinks, cdn: tuple[str, int], xet: Xet | None, *, compress_text: bool) -> None:
         self._links = links
         self._cdn = cdn
+        self._xet = xet
         self._compress_text = compress_text
 
     def resolve(self, request: Request, repo: Repo, revision: str, path: str) -> Answer:
@@ -85,7 +46,9 @@ class Files:
         where = f"{repo.type}s/{repo.id}/{headers['X-Repo-Commit']}/{quote(path)}"
         if entry.sha256:
             query = self._links.query(unquote(f"/repos/{where}"))
-            location = f"{self._cdn_url(request)}/repos/{where}?{query}"
+            location = f"{self.cdn_url(request)}/repos/{where}?{query}"
+            if self._xet:
+                headers = {**headers, **self._xet.announce(request, repo, entry, headers["X-Repo-Commit"])}
             return _redirect(302, "Found", location, {**headers, "X-Linked-Size": str(entry.blob.size)})
         if same_etag(request.headers.get("If-None-Match"), f'"{entry.oid}"'):
             return Answer(304, {**headers, "ETag": f'"{entry.oid}"'})
@@ -127,7 +90,8 @@ class Files:
             },
         )
 
-    def _cdn_url(self, request: Request) -> str:
+    def cdn_url(self, request: Request) -> str:
+        """Where the CDN is, by a name that the client of this request knows."""
         host, port = self._cdn
         # The client's own name for this machine leads back here also through containers and network namespaces.
         return f"http://{host or urlsplit('//' + request.headers.get('Host', 'localhost')).hostname}:{port}"

@@ -12,6 +12,7 @@ from weightferry.testing._hub_files import Files
 from weightferry.testing._hub_records import Kind
 from weightferry.testing._hub_repos import Repo
 from weightferry.testing._hub_wire import Answer, RefusedError, Request, error, json_answer
+from weightferry.testing._hub_xet import Xet
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ class Route:
 class Routes:
     """Finds what a request means: on the Hub's own address, or on the one that stands for its CDN."""
 
-    def __init__(self, access: Access, files: Files, page_size: int) -> None:
+    def __init__(self, access: Access, files: Files, xet: Xet | None, page_size: int) -> None:
         self._access = access
         self._files = files
+        self._xet = xet
         self._page_size = page_size
 
     def find(self, request: Request) -> Route:
@@ -75,6 +77,21 @@ class Routes:
         match request.segments:
             case ["repos", plural, org, name, sha, *path] if plural in REPO_TYPES and path:
                 return self._large(request, plural, f"{org}/{name}", sha, "/".join(path))
+        return self._xet_storage(request, self._xet) if self._xet else None
+
+    def _xet_token(self, request: Request, plural: str, repo_id: str, xet: Xet) -> Route:
+        def respond() -> Answer:
+            self._access.readable(request, plural, repo_id)
+            return xet.token(self._files.cdn_url(request))
+
+        return Route("metadata", respond)
+
+    def _xet_storage(self, request: Request, xet: Xet) -> Route | None:
+        match request.segments:
+            case ["v1", "reconstructions", name]:
+                return Route("metadata", lambda: xet.reconstruction(request, name), xet.path(name))
+            case ["xet", name, number]:
+                return Route(_content_kind(request), lambda: xet.block(request, name, number), xet.path(name))
         return None
 
     def _api(self, request: Request, plural: str, repo_id: str, rest: list[str]) -> Route | None:
@@ -91,6 +108,8 @@ class Routes:
                 return Route("metadata", lambda: api.tree(request, repo(), revision, folder, self._page_size))
             case ["paths-info", revision]:
                 return Route("metadata", lambda: api.paths_info(request, repo(), revision), methods=("POST",))
+            case ["xet-read-token", _] if self._xet:
+                return self._xet_token(request, plural, repo_id, self._xet)
             case ["refs"]:
                 return Route("metadata", lambda: api.refs(request, repo()))
             case ["auth-check"]:

@@ -22,18 +22,20 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from weightferry.testing._hub_access import Access
 from weightferry.testing._hub_commits import Commit, Library
 from weightferry.testing._hub_faults import Fault, Faults
-from weightferry.testing._hub_files import Files, SignedLinks
+from weightferry.testing._hub_files import Files
+from weightferry.testing._hub_links import SignedLinks
 from weightferry.testing._hub_records import Kind, RequestRecord
 from weightferry.testing._hub_repos import Gated, Head, Repositories, RepoType, folder_reader, memory_reader
 from weightferry.testing._hub_routes import Routes
 from weightferry.testing._hub_sockets import Listener, Service
+from weightferry.testing._hub_xet import Xet
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,6 +64,10 @@ class HubOptions:
         The Hub does that.
     private_root
         Whether repositories under the root need a token.
+    xet
+        Whether LFS files can be read through Xet as well. Clients that know it (`hf_xet`) then do not follow the links.
+    sha256s
+        As those of `add_repo`, by path below the root.
     """
 
     cdn_host: str = ""
@@ -71,6 +77,8 @@ class HubOptions:
     page_size: int = 1000
     compress_text: bool = False
     private_root: bool = False
+    xet: bool = False
+    sha256s: Mapping[str, str] = field(default_factory=dict)
 
 
 class HubServer:
@@ -115,9 +123,12 @@ class HubServer:
     from an https URL. Links at the CDN end in the file's path. Bytes of an old commit are gone (410) when the file was
     overwritten in the folder from which it is served.
 
-    Not here: Xet (no ``X-Xet-Hash`` is ever sent, so clients use plain http), uploads and everything else that writes,
-    commit history, pull requests, ``/raw/``, search, renamed repositories and their redirects, repositories without an
-    organization, rate limits (but see `Fault`), https.
+    Xet, where `HubOptions.xet` asks for it, is what readers need of it: a token from ``/api/``, then at the CDN's
+    address reconstructions (v1) and blocks of chunks, which are neither compressed nor shared between files; every
+    64 KiB of a file count 8 bytes more there, and `Fault.corrupt_at` does not show.
+
+    Not here: uploads and everything else that writes, commit history, pull requests, ``/raw/``, search, renamed
+    repositories and their redirects, repositories without an organization, rate limits (but see `Fault`), https.
     """
 
     def __init__(
@@ -135,6 +146,8 @@ class HubServer:
             raise NotADirectoryError(f"no folder {root}")
         self._library = Library(options.lfs_threshold)
         folder = None if root is None else Path(root).absolute()
+        for path, sha256 in options.sha256s.items():
+            self._library.trust(Path(root or "").absolute() / path, sha256)
         self._repositories = Repositories(folder, self._library, private_root=options.private_root)
         self._access = Access(self._repositories, tokens)
         self._links = SignedLinks(options.link_lifetime)
@@ -145,8 +158,9 @@ class HubServer:
         name = "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104 a comparison
         self.url = f"http://{name}:{hub.server_port}"
         self.cdn_url = f"http://{options.cdn_host or name}:{cdn.server_port}"
-        files = Files(self._links, (options.cdn_host, cdn.server_port), compress_text=options.compress_text)
-        routes = Routes(self._access, files, options.page_size)
+        xet = Xet(self._links) if options.xet else None
+        files = Files(self._links, (options.cdn_host, cdn.server_port), xet, compress_text=options.compress_text)
+        routes = Routes(self._access, files, xet, options.page_size)
         self._service = Service(routes, bytes_per_second_per_connection)
         hub.start(self._service)
         cdn.start(self._service)
@@ -166,6 +180,7 @@ class HubServer:
         private: bool = False,
         gated: bool | Literal["auto", "manual"] = False,
         allowed_tokens: Iterable[str] | None = None,
+        sha256s: Mapping[str, str] | None = None,
     ) -> None:
         """Add a repository, or move a branch of one that is there.
 
@@ -188,18 +203,25 @@ class HubServer:
             Whether one must be allowed in order to read its files; True is ``"manual"``.
         allowed_tokens
             The tokens with access; None: every valid token.
+        sha256s
+            By path below the folder, SHA-256 in hexadecimal of files in LFS, believed as long as the file does not
+            change: hashing 10 GB takes 6 to 30 s.
 
         Raises
         ------
         NotADirectoryError
             If `content` names no folder.
         ValueError
-            If `repo_id` or a path of `content` cannot be on the Hub.
+            If `repo_id` or a path of `content` cannot be on the Hub, or `sha256s` come with content in memory.
         """
         allowed = None if allowed_tokens is None else frozenset(allowed_tokens)
         if isinstance(content, Mapping):
+            if sha256s:
+                raise ValueError("content in memory is hashed: sha256s are for folders")
             reader = memory_reader(content)
         elif Path(content).is_dir():
+            for path, sha256 in (sha256s or {}).items():
+                self._library.trust(Path(content).absolute() / path, sha256)
             reader = folder_reader(Path(content).absolute())
         else:
             raise NotADirectoryError(f"no folder {content}")
@@ -279,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no folder {wanted.folder}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    options = HubOptions(cdn_port=wanted.cdn_port, private_root=wanted.private)
+    sha256s = dict(pair.rpartition("=")[::2] for pair in wanted.sha256)
+    options = HubOptions(cdn_port=wanted.cdn_port, private_root=wanted.private, xet=wanted.xet, sha256s=sha256s)
     with HubServer(
         wanted.folder,
         host=wanted.host,
@@ -307,6 +330,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--token", action="append", default=[], help="a valid token; may be given again")
     parser.add_argument("--private", action="store_true", help="repositories are seen only with a token")
     parser.add_argument("--rate", type=float, metavar="BYTES_PER_S", help="of each connection (default: no limit)")
+    parser.add_argument("--xet", action="store_true", help="let files be read through Xet as well")
+    parser.add_argument(
+        "--sha256",
+        action="append",
+        default=[],
+        metavar="PATH=HEX",
+        help="the hash of a large file below FOLDER, which is then not read for it; may be given again",
+    )
     return parser
 
 

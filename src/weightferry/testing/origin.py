@@ -20,7 +20,7 @@ from typing import Literal
 from weightferry.errors import BadRequest, SourceChanged, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import RangeIgnored, TransientOriginError, closest, reject_climbing
+from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, closest, reject_climbing
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -41,6 +41,8 @@ class Fault:
         Raised before the first byte.
     cut_after
         The connection breaks after this many bytes of the answer: `TransientOriginError`.
+    silent_after
+        No byte comes after this many of the answer: `Silent`, without a wait.
     end_after
         The answer ends after this many bytes as if it were whole.
     corrupt
@@ -54,10 +56,11 @@ class Fault:
     """
 
     path: str = ""
-    on: Literal["read", "reach", "resolve"] = "read"
+    on: Literal["read", "resolve", "reach"] = "read"
     times: int | None = 1
     error: Exception | None = None
     cut_after: int | None = None
+    silent_after: int | None = None
     end_after: int | None = None
     corrupt: int | None = None
     extra: bytes = b""
@@ -88,6 +91,8 @@ class FakeOrigin:
         Which checksum it publishes; None: none, and files are versioned by their content.
     sizes
         Whether it says how big files are.
+    ranges
+        Whether it sends parts of files; if not, `File.ranges` says so and every read of a part is `RangeIgnored`.
     chunk
         Bytes handed over at a time.
 
@@ -99,6 +104,10 @@ class FakeOrigin:
         Every call of `read`.
     resolves : list of tuple
         Root and paths of every call of `resolve`.
+    reaches : list of Source
+        Every call of `reach`.
+    closed : int
+        How often it was closed. It answers all the same, since `factory` gives it to everyone.
     """
 
     def __init__(
@@ -107,13 +116,16 @@ class FakeOrigin:
         *,
         publishes: Literal["sha256", "git-sha1"] | None = "sha256",
         sizes: bool = True,
+        ranges: bool = True,
         chunk: int = 1 << 16,
     ) -> None:
         self.files = dict(files)
         self.faults: list[Fault] = []
         self.reads: list[Read] = []
         self.resolves: list[tuple[str, tuple[str, ...]]] = []
-        self._publishes, self._sizes, self._chunk = publishes, sizes, chunk
+        self.reaches: list[Source] = []
+        self.closed = 0
+        self._publishes, self._sizes, self._ranges, self._chunk = publishes, sizes, ranges, chunk
         self._lock = threading.Lock()
 
     def factory(self, scheme: str, settings: Settings) -> FakeOrigin:
@@ -158,17 +170,9 @@ class FakeOrigin:
         else:
             version = hashlib.sha256(content).hexdigest()
         try:
-            return File(path, len(content) if self._sizes else None, checksum, version)
+            return File(path, len(content) if self._sizes else None, checksum, version, ranges=self._ranges)
         except BadRequest as error:
             raise reject_climbing(path, subject) from error
-
-    def reach(self, pinned: Pinned, path: str) -> None:
-        """See `Origin.reach`."""
-        fault = self._fault("reach", path)
-        if fault.error:
-            raise fault.error
-        if path not in self.files:
-            raise SourceNotFound("no such file", subject=f"{pinned.name}/{path}")
 
     @contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
@@ -182,7 +186,7 @@ class FakeOrigin:
             fault.wait_for.wait(60)
         if fault.error:
             raise fault.error
-        if fault.ignore_range:
+        if fault.ignore_range or (ranged and not self._ranges):
             raise RangeIgnored(subject)
         if path not in self.files:
             raise SourceNotFound("no such file", subject=subject)
@@ -196,7 +200,7 @@ class FakeOrigin:
         if fault.corrupt is not None:
             content[fault.corrupt] ^= 0xFF
         body = bytes(content[read.start : read.stop]) + fault.extra
-        ends = [end for end in (fault.cut_after, fault.end_after) if end is not None]
+        ends = [end for end in (fault.cut_after, fault.silent_after, fault.end_after) if end is not None]
         body = body[: min(ends)] if ends else body
         for place in range(0, len(body), self._chunk):
             chunk = body[place : place + self._chunk]
@@ -205,6 +209,19 @@ class FakeOrigin:
             yield chunk
         if fault.cut_after is not None:
             raise TransientOriginError("the connection broke", subject=subject)
+        if fault.silent_after is not None:
+            raise Silent("no byte came", subject=subject)
+
+    def reach(self, source: Source) -> None:
+        """See `Origin.reach`; tell it by a fault who cannot."""
+        self.reaches.append(source)
+        if error := self._fault("reach", "").error:
+            raise error
+
+    def close(self) -> None:
+        """See `Origin.close`."""
+        with self._lock:
+            self.closed += 1
 
     def _fault(self, on: str, path: str, *, ranged: bool = False) -> Fault:
         with self._lock:

@@ -89,7 +89,9 @@ def bring(
         control.expect(plan.bytes_for(me))
         stock.begin()
         passing.look()
-        Reading(stock, passing.look, settings, course, origins).start(plan.reads[me], plan.pieces)
+        reading = Reading(stock, passing.look, settings, course, origins)
+        left.callback(reading.close)
+        reading.start(plan.reads[me], plan.pieces)
         if plan.edges_of(me):
             from weightferry.transfer.ring import join  # torch is only needed where there are neighbours
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 
 from weightferry.errors import CollectError, OriginUnreachable, at
 from weightferry.manifest import Manifest
@@ -51,6 +53,11 @@ class Reading:
                 self._origins[scheme] = self._make(scheme, self._settings)
         for _ in range(min(self._settings.connections, len(self._pieces))):
             self._course.start("read", self._run)
+
+    def close(self) -> None:
+        """Give all connections back."""
+        for origin in self._origins.values():
+            origin.close()
 
     def _run(self) -> None:
         while True:
@@ -107,7 +114,10 @@ def unreachable(
         pinned, file = files[index]
         name = f"{pinned.name}/{file.path}"
         try:
-            origins(pinned.source.scheme, settings).reach(pinned, file.path)
+            # At the pinned commit, where there are commits.
+            revision = pinned.commit if pinned.source.scheme == "hf" else pinned.source.revision
+            with closing(origins(pinned.source.scheme, settings)) as origin:
+                origin.reach(replace(pinned.source, path=file.path, revision=revision))
         except TransientOriginError as error:
             if isinstance(error, Unreachable):
                 cannot[source] = OriginUnreachable(f"cannot be reached: {error}", subject=name)

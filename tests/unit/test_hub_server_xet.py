@@ -1,0 +1,102 @@
+"""The Hub for tests as storage of chunks, seen through plain HTTP; `hf_xet` itself reads it in the contract suite."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.unit.test_hub_server_wire import RESOLVE, ask
+from weightferry.testing.hub import HubOptions, HubServer
+
+CHUNK = 1 << 16
+WEIGHTS = os.urandom(3 * CHUNK + 5)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer(options=HubOptions(xet=True)) as server:
+        server.add_repo("org/model", {"config.json": b"{}", "model.safetensors": WEIGHTS})
+        yield server
+
+
+def announced(hub: HubServer) -> tuple[str, str]:
+    """Return the name of the file in the storage, and where its token comes from."""
+    headers = ask(f"{hub.url}{RESOLVE}model.safetensors", "HEAD").headers
+    route, _, rel = headers["Link"].partition(";")
+    assert rel.strip() == 'rel="xet-auth"'
+    return headers["X-Xet-Hash"], route.strip("<>")
+
+
+def reconstruction(hub: HubServer, wanted: str = "bytes=0-") -> Any:
+    name, route = announced(hub)
+    given = json.loads(ask(route).body)
+    token = f"Bearer {given['accessToken']}"
+    reply = ask(f"{given['casUrl']}/v1/reconstructions/{name}", Authorization=token, Range=wanted)
+    return json.loads(reply.body) if reply.status == 200 else reply.status
+
+
+def test_only_files_in_lfs_are_there(hub: HubServer) -> None:
+    assert "X-Xet-Hash" not in ask(f"{hub.url}{RESOLVE}config.json", "HEAD").headers
+    assert len(announced(hub)[0]) == 64
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, len(WEIGHTS)), (70_000, 70_001), (CHUNK, 2 * CHUNK), (100_000, 10**9)])
+def test_terms_and_blocks_make_the_range(hub: HubServer, start: int, stop: int) -> None:
+    told = reconstruction(hub, f"bytes={start}-{stop - 1}")
+    got = b""
+    for term in told["terms"]:
+        (block,) = told["fetch_info"][term["hash"]]
+        assert block["range"] == term["range"]
+        reply = ask(block["url"], Range="bytes={start}-{end}".format(**block["url_range"]))
+        assert reply.status == 206
+        chunks = unpacked(reply.body)
+        assert len(chunks) == term["range"]["end"] - term["range"]["start"]
+        assert len(b"".join(chunks)) == term["unpacked_length"]
+        got += b"".join(chunks)
+    first = told["offset_into_first_range"]
+    assert got[first : first + stop - start] == WEIGHTS[start:stop]
+    assert hub.content_bytes("model.safetensors") == len(got) + 8 * -(-len(got) // CHUNK)
+
+
+def unpacked(body: bytes) -> list[bytes]:
+    chunks = []
+    while body:
+        version, stored, kind, size = body[0], body[1:4], body[4], int.from_bytes(body[5:8], "little")
+        assert (version, kind, int.from_bytes(stored, "little")) == (0, 0, size)
+        chunks.append(body[8 : 8 + size])
+        body = body[8 + size :]
+    return chunks
+
+
+def test_a_range_beyond_the_end(hub: HubServer) -> None:
+    assert reconstruction(hub, f"bytes={len(WEIGHTS)}-") == 416
+
+
+def test_who_may_read(hub: HubServer) -> None:
+    name, route = announced(hub)
+    assert ask(f"{hub.cdn_url}/v1/reconstructions/{name}").status == 401
+    assert ask(f"{hub.cdn_url}/v1/reconstructions/{name}", Authorization="Bearer other").status == 401
+    assert ask(f"{hub.cdn_url}/xet/{name}/0").status == 403
+    hub.add_repo("org/model", {"model.safetensors": WEIGHTS}, gated=True, allowed_tokens=["hf_good"])
+    assert ask(route).status == 401
+    assert ask(route, Authorization="Bearer hf_good").status == 200
+
+
+def test_links_end_here_too(hub: HubServer) -> None:
+    told = reconstruction(hub)
+    ((block,),) = told["fetch_info"].values()
+    assert unpacked(ask(block["url"]).body)[0] == WEIGHTS[:CHUNK]
+    hub.expire_links()
+    assert ask(block["url"]).status == 403
+
+
+def test_what_is_not_there(hub: HubServer) -> None:
+    assert ask(f"{hub.cdn_url}/v2/reconstructions/{announced(hub)[0]}").status == 404
+    with HubServer() as without:
+        without.add_repo("org/model", {"model.safetensors": WEIGHTS})
+        assert ask(f"{without.url}/api/models/org/model/xet-read-token/main").status == 404
+        assert "X-Xet-Hash" not in ask(f"{without.url}{RESOLVE}model.safetensors", "HEAD").headers
