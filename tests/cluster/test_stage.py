@@ -64,10 +64,12 @@ def test_torchrun_under_sbatch(hub: Served, testbed: Testbed, tmp_path: Path) ->
     cache = testbed.local / "cache-sbatch"
     script = tmp_path / "train.py"
     script.write_text(
-        "import weightferry, torch.distributed as dist\n"
+        "import sys, weightferry, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         f"folder = weightferry.stage({REPO!r})\n"
-        "print('rank', dist.get_rank(), 'of', dist.get_world_size(), 'has', (folder / 'config.json').stat().st_size)\n"
+        "size = (folder / 'config.json').stat().st_size\n"
+        # One write a line: the ranks of a node share a log.
+        "sys.stdout.write(f'rank {dist.get_rank()} of {dist.get_world_size()} has {size}\\n')\n"
         "dist.destroy_process_group()\n"
     )
     log = testbed.shared / "sbatch.log"

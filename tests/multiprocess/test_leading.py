@@ -105,14 +105,15 @@ def in_the_upper_half() -> Any:
 
 
 AGAIN = """
-import os
+import os, sys
 from weightferry.cli import main
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 main(["stage", "org/model"], standalone_mode=False)
 if first and os.environ["RANK"] == "1":
     os._exit(3)  # in the middle of the others' next call
 main(["stage", "org/model"], standalone_mode=False)
-print("rank", os.environ["RANK"], "ends in life", os.environ["TORCHELASTIC_RESTART_COUNT"])
+# One write a line: the ranks share a log.
+sys.stdout.write(f"rank {os.environ['RANK']} ends in life {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n")
 """
 
 
