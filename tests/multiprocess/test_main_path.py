@@ -142,11 +142,16 @@ def keys_after(times: int = 1) -> int:
     return dist.distributed_c10d._get_default_store().num_keys()
 
 
-def test_the_requests_of_a_rank_do_not_grow_with_the_ranks() -> None:
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_the_requests_of_a_rank_do_not_grow_with_the_ranks(ranks: int) -> None:
     """With real clients; `benchmarks/store_scale.py` prints more, up to 2,048 ranks."""
     from benchmarks.store_scale import measure
+    from weightferry.settings import Settings
 
-    assert measure(8)[1] == measure(32)[1]
+    # 9 or 13 for each of the two rounds less one: a verdict that is there at the first look saves the wait for it.
+    # Each beat that falls into the time costs 5 more, and 3 when it wakes who waits.
+    _, most, seconds = measure(ranks)
+    assert most <= 25 + 8 * (1 + seconds // Settings().beat_interval)
 
 
 def test_the_process_group_may_be_destroyed_and_made_again(model: Nodes) -> None:
