@@ -2,7 +2,8 @@
 
     srun ... python benchmarks/cold_rank.py WAY REPOSITORY CACHE OUT
 
-Writes seconds, counted from the moment when all ranks have met, to OUT/RANK.json.
+Writes seconds, counted from the moment when all ranks have met, to OUT/RANK.json. Whatever way it is, everything is
+imported by then, as at the top of a script.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import distributed as dist
+
+import weightferry
+import weightferry.origins.hub
+import weightferry.transfer.ring
 
 State = Mapping[str, torch.Tensor]
 
@@ -28,15 +34,11 @@ def load(folder: Path) -> list[State]:
 
 def weightferry_stage(repo: str, cache: Path) -> Path:
     """weightferry, as in the README."""
-    import weightferry
-
     return weightferry.stage(repo, cache_dir=cache)
 
 
 def local_rank_first(repo: str, cache: Path) -> Path:
     """As `accelerate.PartialState().local_main_process_first()` does it, around huggingface_hub."""
-    from huggingface_hub import snapshot_download
-
     first = os.environ["SLURM_LOCALID"] == "0"
     if not first:
         dist.barrier()
@@ -48,8 +50,6 @@ def local_rank_first(repo: str, cache: Path) -> Path:
 
 def every_rank(repo: str, cache: Path) -> Path:
     """`snapshot_download` on every rank."""
-    from huggingface_hub import snapshot_download
-
     return Path(snapshot_download(repo, cache_dir=cache))
 
 

@@ -26,7 +26,8 @@ class Settings:
         The cache folder of this rank. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``. On a
         cluster name a node-local folder (``/local/...``) where there is one.
     connections : int
-        Connections over which one leader reads at a time. Default 4.
+        Connections over which one leader reads at a time, at most: each time an origin says that it is too busy (HTTP
+        429, 503, 529) they are halved, and grow back one by one with its answers. Default 4.
     connect_timeout, read_timeout : float
         Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
         Default 10 and 30.

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from weightferry.manifest import Pinned
-from weightferry.origins.base import Origin, TransientOriginError, origin_for
+from weightferry.origins.base import Busy, Origin, TransientOriginError, origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Ask, Source, understand
 from weightferry.testing import hub as hubs
@@ -197,7 +197,8 @@ class FakePlace:
 
     def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
         wait = float(headers.get("Retry-After", 0)) or None
-        self.fake.faults.append(Fault(times=times, error=TransientOriginError(f"{status}", retry_after=wait)))
+        kind = Busy if status in (429, 503) else TransientOriginError
+        self.fake.faults.append(Fault(times=times, error=kind(f"{status}", retry_after=wait)))
 
     def cut(self, after: int) -> None:
         self.fake.faults.append(Fault(cut_after=after))

@@ -15,7 +15,7 @@ from tests.contract.places import FakePlace, FolderPlace, HttpPlace, HubPlace, M
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
 from weightferry.hashing import Hashes
 from weightferry.manifest import Pinned
-from weightferry.origins.base import TransientOriginError, Unreachable
+from weightferry.origins.base import Busy, TransientOriginError, Unreachable
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "empty.txt": b"", "weights.safetensors": BIG}
@@ -201,6 +201,7 @@ class TestTransient:
             with pytest.raises(TransientOriginError) as raised:
                 read(failing, pinned, path)
             assert raised.value.retry_after == 7
+            assert isinstance(raised.value, Busy) == (status in (429, 503))
             assert str(status) in str(raised.value)
             assert read(failing, pinned, path) == FILES[path]
 

@@ -14,7 +14,8 @@ from weightferry.errors import AccessDenied, IntegrityError, OriginError, Source
 from weightferry.origins.base import TransientOriginError
 from weightferry.settings import Settings
 from weightferry.testing.origin import FakeOrigin, Fault
-from weightferry.transfer.fetch import fetch_whole
+from weightferry.transfer.fetch import Fetcher
+from weightferry.transfer.lanes import Lanes
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -30,7 +31,8 @@ class Fetching:
     def run(self, *faults: Fault) -> str:
         self.origin.faults += faults
         (file,) = self.pinned.files
-        self.content, sha256 = fetch_whole(self.origin, self.pinned, file, self.settings, self.watch)
+        fetcher = Fetcher(self.origin, self.settings, self.watch, Lanes(4))
+        self.content, sha256 = fetcher.whole(self.pinned, file)
         return sha256
 
     def starts(self) -> list[int]:

@@ -109,6 +109,10 @@ class Silent(TransientOriginError):
     """The origin was reached, and then no byte came within the read time-out."""
 
 
+class Busy(TransientOriginError):
+    """The origin was reached, and has too much to do: fewer requests at a time may be answered."""
+
+
 class RangeIgnored(Exception):
     """The origin answered a request for a range with the whole file."""
 

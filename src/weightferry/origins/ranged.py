@@ -11,12 +11,13 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceChanged, SourceNotFound, redact
-from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable
+from weightferry.origins.base import Busy, RangeIgnored, Silent, TransientOriginError, Unreachable
 from weightferry.origins.transport import httpx
 
 # 408 and 425 ask for another try by their definition, 429 by RFC 6585; 5xx are the server's own troubles, of which
 # 501 and 505 will not pass.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+_BUSY = {429, 503, 529}
 IDENTITY = {"Accept-Encoding": "identity"}
 """Bytes as they are: a range of compressed bytes is no range of the file."""
 
@@ -144,7 +145,8 @@ def status_error(status: int, headers: Mapping[str, str], subject: str, said: st
     if status in (404, 410):
         return SourceNotFound(text, subject=subject)
     if status in _TRANSIENT:
-        return TransientOriginError(text, subject=subject, retry_after=_retry_after(headers))
+        kind = Busy if status in _BUSY else TransientOriginError
+        return kind(text, subject=subject, retry_after=_retry_after(headers))
     return OriginError(text, subject=subject)
 
 

@@ -96,13 +96,6 @@ class Arriving:
         self.partial.note(run)
         self._hash_on()
 
-    def note_file(self, start: int, stop: int) -> None:
-        """The same for bytes that were written past `partial`, through a mapping."""
-        crc = 0
-        for chunk in self.partial.read(start, stop):
-            crc = zlib.crc32(chunk, crc)
-        self.note(Run(start, stop, crc))
-
     def end_at(self, size: int) -> None:
         """Say where a file ends whose size nobody knew."""
         self.size = size

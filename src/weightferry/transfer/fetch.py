@@ -10,10 +10,11 @@ from weightferry.cache.partial import Run
 from weightferry.errors import IntegrityError, SourceChanged
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Pinned
-from weightferry.origins.base import Origin, RangeIgnored, TransientOriginError
+from weightferry.origins.base import Busy, Origin, RangeIgnored, TransientOriginError
 from weightferry.origins.retry import Retry, Watch
 from weightferry.settings import Settings
 from weightferry.transfer.arriving import Arriving
+from weightferry.transfer.lanes import Lanes
 
 logger = logging.getLogger(__name__)
 
@@ -21,113 +22,128 @@ logger = logging.getLogger(__name__)
 _NOTED_EVERY = 1 << 20
 
 
-def fetch_range(
-    origin: Origin,
-    arriving: Arriving,
-    span: tuple[int, int | None],
-    settings: Settings,
-    watch: Watch,
-    noted: Callable[[], None],
-) -> None:
-    """Read bytes from `span[0]` to `span[1]` (None: to the end, wherever it is) of a file to their place.
+class Fetcher:
+    """Reads from one origin, as often as it takes. Safe to use from several threads.
 
     Parameters
     ----------
-    noted
-        Called after each part of it is there.
-
-    Raises
-    ------
-    CollectError
-        What the origin says, its transient errors after the retries of the settings.
+    settings
+        Limit the attempts.
+    watch
+        Is told of bytes, and says when there is no point in going on.
+    lanes
+        Limit the reads that are open at a time, here and in other fetchers.
     """
-    start, stop = span
-    # Collected first: each call that lets other threads run is one more time to wait for them.
-    came = bytearray()
 
-    def keep() -> None:
-        nonlocal start
-        arriving.partial.write(start, came)
-        arriving.note(Run(start, start + len(came), zlib.crc32(came)))
-        start += len(came)
-        came.clear()
+    def __init__(self, origin: Origin, settings: Settings, watch: Watch, lanes: Lanes) -> None:
+        self._origin, self._settings, self._watch, self._lanes = origin, settings, watch, lanes
 
-    try:
-        for chunk in read(origin, arriving.pinned, arriving.file, span, settings, watch):
-            came += chunk
-            if len(came) >= _NOTED_EVERY:
-                keep()
-                noted()
-    finally:
-        if came:
-            keep()
-    if stop is None:
-        arriving.end_at(start)
-    noted()
+    def close(self) -> None:
+        """Give its connections back."""
+        self._origin.close()
 
+    def range(self, arriving: Arriving, span: tuple[int, int | None], noted: Callable[[], None]) -> None:
+        """Read bytes from `span[0]` to `span[1]` (None: to the end, wherever it is) of a file to their place.
 
-def fetch_whole(origin: Origin, pinned: Pinned, file: File, settings: Settings, watch: Watch) -> tuple[bytes, str]:
-    """Read a small file; bytes that are not the promised ones are asked for once more.
+        Parameters
+        ----------
+        noted
+            Called after each part of it is there.
 
-    Returns
-    -------
-    bytes, str
-        The bytes and their SHA-256.
+        Raises
+        ------
+        CollectError
+            What the origin says, its transient errors after the retries of the settings.
+        """
+        start, stop = span
+        # Collected first: each call that lets other threads run is one more time to wait for them.
+        came = bytearray()
 
-    Raises
-    ------
-    IntegrityError
-        Wrong bytes twice.
-    CollectError
-        As for `fetch_range`.
-    """
-    for attempt in (1, 2):
-        content = b"".join(read(origin, pinned, file, (0, file.size), settings, watch))
-        hashes = Hashes(file.checksum, file.size)
-        hashes.update(content)
-        if hashes.right:
-            return content, hashes.sha256
-        logger.warning("%s/%s: wrong bytes came (attempt %d)", pinned.name, file.path, attempt)
-    raise IntegrityError(
-        f"the origin sends other bytes than it promises, twice: expected {file.checksum}, got {hashes.got}",
-        subject=f"{pinned.name}/{file.path}",
-    )
+        def keep() -> None:
+            nonlocal start
+            arriving.partial.write(start, came)
+            arriving.note(Run(start, start + len(came), zlib.crc32(came)))
+            start += len(came)
+            came.clear()
 
-
-def read(
-    origin: Origin, pinned: Pinned, file: File, span: tuple[int, int | None], settings: Settings, watch: Watch
-) -> Iterator[bytes]:
-    """Yield the bytes of a range in order, going on where a broken connection left off."""
-    retry, name = Retry(settings, watch), f"{pinned.name}/{file.path}"
-    (done, stop), ranged = span, file.ranges
-    # The end is not named where it is the file's own: what is asked for whole needs no range at all.
-    last = None if stop == file.size else stop
-    while True:
-        position = done if ranged else 0
         try:
-            with origin.read(pinned, file.path, position, last if ranged else None) as chunks:
-                for chunk in chunks:
-                    watch.check()
-                    watch.moved(len(chunk))
-                    fresh = chunk[max(0, done - position) : None if stop is None else stop - position]
-                    position += len(chunk)
-                    _no_more_than_promised(position, file, name)
-                    if fresh:
-                        done += len(fresh)
-                        retry.moved()
-                        yield fresh
-                    if done == last:
-                        return
-            if stop is None or done == stop:
-                return
-            raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=name)
-        except TransientOriginError as error:
-            if done == stop:
-                return  # cut after the last byte: there is no range left to ask for
-            retry.wait(error)
-        except RangeIgnored:
-            logger.info("%s: ranges are ignored, reading from the beginning", name)
-            ranged = False
+            for chunk in self._read(arriving.pinned, arriving.file, span):
+                came += chunk
+                if len(came) >= _NOTED_EVERY:
+                    keep()
+                    noted()
+        finally:
+            if came:
+                keep()
+        if stop is None:
+            arriving.end_at(start)
+        noted()
+
+    def whole(self, pinned: Pinned, file: File) -> tuple[bytes, str]:
+        """Read a small file; bytes that are not the promised ones are asked for once more.
+
+        Returns
+        -------
+        bytes, str
+            The bytes and their SHA-256.
+
+        Raises
+        ------
+        IntegrityError
+            Wrong bytes twice.
+        CollectError
+            As for `range`.
+        """
+        for attempt in (1, 2):
+            content = b"".join(self._read(pinned, file, (0, file.size)))
+            hashes = Hashes(file.checksum, file.size)
+            hashes.update(content)
+            if hashes.right:
+                return content, hashes.sha256
+            logger.warning("%s/%s: wrong bytes came (attempt %d)", pinned.name, file.path, attempt)
+        raise IntegrityError(
+            f"the origin sends other bytes than it promises, twice: expected {file.checksum}, got {hashes.got}",
+            subject=f"{pinned.name}/{file.path}",
+        )
+
+    def _read(self, pinned: Pinned, file: File, span: tuple[int, int | None]) -> Iterator[bytes]:
+        """Yield the bytes of a range in order, going on where a broken connection left off."""
+        retry, name = Retry(self._settings, self._watch), f"{pinned.name}/{file.path}"
+        (done, stop), ranged = span, file.ranges
+        # The end is not named where it is the file's own: what is asked for whole needs no range at all.
+        last = None if stop == file.size else stop
+        while True:
+            position = done if ranged else 0
+            try:
+                with (
+                    self._lanes.one(self._watch),
+                    self._origin.read(pinned, file.path, position, last if ranged else None) as chunks,
+                ):
+                    for chunk in chunks:
+                        self._watch.check()
+                        self._watch.moved(len(chunk))
+                        fresh = chunk[max(0, done - position) : None if stop is None else stop - position]
+                        position += len(chunk)
+                        _no_more_than_promised(position, file, name)
+                        if fresh:
+                            done += len(fresh)
+                            retry.moved()
+                            yield fresh
+                        if done == last:
+                            break
+                if stop is None or done == stop:
+                    self._lanes.served()
+                    return
+                raise TransientOriginError(f"the body ended after {done} of {file.size} bytes", subject=name)
+            except TransientOriginError as error:
+                if done == stop:
+                    return  # cut after the last byte: there is no range left to ask for
+                if isinstance(error, Busy):
+                    self._lanes.refused()
+                retry.wait(error)
+            except RangeIgnored:
+                logger.info("%s: ranges are ignored, reading from the beginning", name)
+                ranged = False
 
 
 def _no_more_than_promised(position: int, file: File, name: str) -> None:

@@ -12,7 +12,8 @@ from weightferry.manifest import Manifest
 from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
 from weightferry.settings import Settings
 from weightferry.transfer.course import Course
-from weightferry.transfer.fetch import fetch_range, fetch_whole
+from weightferry.transfer.fetch import Fetcher
+from weightferry.transfer.lanes import Lanes
 from weightferry.transfer.pieces import Piece
 from weightferry.transfer.stock import Stock
 
@@ -41,23 +42,25 @@ class Reading:
         origins: Callable[[str, Settings], Origin],
     ) -> None:
         self._stock, self._noted, self._settings, self._course = stock, noted, settings, course
-        self._make, self._origins = origins, dict[str, Origin]()
+        self._origins, self._fetchers = origins, dict[str, Fetcher]()
         self._pieces = deque[Piece]()
 
     def start(self, numbers: Sequence[int], pieces: Sequence[Piece]) -> None:
         """Begin to read these pieces, in their order."""
         self._pieces.extend(pieces[number] for number in numbers)
+        lanes = Lanes(self._settings.connections)
         for piece in self._pieces:
             scheme = self._stock.files[piece.files[0]][0].source.scheme
-            if scheme not in self._origins:
-                self._origins[scheme] = self._make(scheme, self._settings)
+            if scheme not in self._fetchers:
+                origin = self._origins(scheme, self._settings)
+                self._fetchers[scheme] = Fetcher(origin, self._settings, self._course, lanes)
         for _ in range(min(self._settings.connections, len(self._pieces))):
             self._course.start("read", self._run)
 
     def close(self) -> None:
         """Give all connections back."""
-        for origin in self._origins.values():
-            origin.close()
+        for fetcher in self._fetchers.values():
+            fetcher.close()
 
     def _run(self) -> None:
         while True:
@@ -80,17 +83,16 @@ class Reading:
     def _small(self, index: int) -> None:
         if self._stock.is_missing(index):
             pinned, file = self._stock.files[index]
-            origin = self._origins[pinned.source.scheme]
-            content, sha256 = fetch_whole(origin, pinned, file, self._settings, self._course)
+            content, sha256 = self._fetchers[pinned.source.scheme].whole(pinned, file)
             self._stock.keep(index, content, sha256)
         self._noted(index)
 
     def _range(self, index: int, piece: Piece) -> None:
         arriving = self._stock.arriving[index]
-        origin = self._origins[arriving.pinned.source.scheme]
+        fetcher = self._fetchers[arriving.pinned.source.scheme]
         spans = [(piece.start, None)] if piece.stop is None else arriving.missing(piece.start, piece.stop)
         for span in spans:
-            fetch_range(origin, arriving, span, self._settings, self._course, lambda: self._noted(index))
+            fetcher.range(arriving, span, lambda: self._noted(index))
 
 
 def unreachable(

@@ -233,11 +233,11 @@ class Receiver:
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def _keep(self, parcel: Parcel, room: torch.Tensor) -> None:
-        piece = self._pieces[parcel.frame.piece]
+        piece, content = self._pieces[parcel.frame.piece], memoryview(room.numpy().data)
         if piece.bundle:
-            self._stock.unbundle(piece, memoryview(room.numpy().data), str(self._edge.neighbour))
+            self._stock.unbundle(piece, content, str(self._edge.neighbour))
         else:
-            self._stock.came(parcel.frame, last=parcel.last)
+            self._stock.came(parcel.frame, content, last=parcel.last)
 
     def _next(self, room: torch.Tensor) -> dist.Work:
         self._received += 1

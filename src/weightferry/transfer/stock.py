@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from threading import Lock
 
-from weightferry.cache.partial import discard
+from weightferry.cache.partial import Run, discard
 from weightferry.cache.publish import publish
 from weightferry.cache.survey import Surveyor
 from weightferry.errors import IntegrityError, at
@@ -122,11 +123,11 @@ class Stock:
         finally:
             os.close(descriptor)
 
-    def came(self, frame: Frame, *, last: bool) -> None:
-        """Take note of a frame whose bytes were written to its window."""
+    def came(self, frame: Frame, content: memoryview, *, last: bool) -> None:
+        """Take note of a frame whose bytes were written to its window, of which `content` is a view."""
         arriving = self.arriving[self._pieces[frame.piece].files[0]]
-        if frame.stop > frame.start:
-            arriving.note_file(frame.start, frame.stop)
+        if content:
+            arriving.note(Run(frame.start, frame.stop, zlib.crc32(content)))
         if last and arriving.file.size is None:
             arriving.end_at(frame.stop)
 
