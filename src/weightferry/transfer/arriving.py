@@ -80,8 +80,23 @@ class Arriving:
 
     @property
     def partial(self) -> Partial:
-        """The partial data, opened when it is first needed: there may be more files than a process may open."""
+        """The partial data of a file that is not published, opened when it is first needed.
+
+        Not earlier: there may be more files than a process may open.
+        """
+        partial = self._unpublished()
+        if partial is None:
+            raise RuntimeError(f"{self!r} is published")
+        return partial
+
+    def _unpublished(self) -> Partial | None:
+        """Return the partial data; None once the file is published.
+
+        Both in one step: else who looks for bytes while they are published finds new, empty partial data.
+        """
         with self._lock:
+            if self._published:
+                return None
             if self._opened is None:
                 self._opened = Partial(self.path, self.size, self.file.key, self._runs)
             return self._opened
@@ -103,11 +118,13 @@ class Arriving:
 
     def covers(self, start: int, stop: int) -> bool:
         """Whether all bytes from `start` to `stop` are there."""
-        return self._published or self.partial.covers(start, stop)
+        partial = self._unpublished()
+        return partial is None or partial.covers(start, stop)
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         """What is not there between `start` and `stop`."""
-        return [] if self._published else self.partial.missing(start, stop)
+        partial = self._unpublished()
+        return [] if partial is None else partial.missing(start, stop)
 
     def open(self, flags: int) -> int:
         """Open the data, wherever it is by now."""
