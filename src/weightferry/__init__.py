@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UnsafeFile,
     )
     from weightferry.leading import run_on_leader, run_on_main
+    from weightferry.loading.options import LoadOptions
     from weightferry.loading.registry import (
         DEFAULT_LOAD_HOOKS,
         DEFAULT_TRANSFER_HOOKS,
@@ -50,6 +51,7 @@ _HOMES = {
         "OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
     "weightferry.leading": "run_on_leader run_on_main",
+    "weightferry.loading.options": "LoadOptions",
     "weightferry.loading.registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "
         "register_checkpoint_hooks"
@@ -74,6 +76,7 @@ __all__ = [
     "IntegrityError",
     "LeaderLost",
     "LoadError",
+    "LoadOptions",
     "NoHook",
     "NotDistributed",
     "OriginError",

@@ -149,9 +149,9 @@ def check_readable(shown: Shown, resolved: Resolved, sight: Sight) -> None:
         pinned = resolved.manifest.sources[found.source]
         for file in files_of(found, resolved.manifest):
             below = os.path.relpath(file.path, found.path) if found.path != file.path else ""
-            target = shown.targets[name] / below
+            target = Path(os.path.normpath(shown.targets[name] / below))  # the shards of an index lie beside it
             # One link for the whole of it, or one for each file, or none.
-            is_link = shown.paths[name] in shown.links
+            is_link = shown.paths[name] in shown.links and not below.startswith("..")
             path = shown.paths[name] / below if is_link else linked.get(target, target)
             with at(subject=str(path)):
                 _check(path, file, blocks.get((pinned.name, file.path)), sight, in_place=pinned.in_place)

@@ -7,12 +7,12 @@ import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from weightferry.cluster.agree import Wish
 from weightferry.cluster.connect import operation
-from weightferry.cluster.control import Control
 from weightferry.errors import BadRequest
+from weightferry.origins.index import is_index
 from weightferry.report.run import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import Ask, FetchSource, SourceLike, safe_path
@@ -20,6 +20,9 @@ from weightferry.staging import collect
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from weightferry.loading.job import Load
+    from weightferry.loading.options import LoadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +47,17 @@ class Pretrainer:
     loadables : mapping of str to object
         What is loaded into, by name.
     paths : mapping of str to (str or FetchSource)
-        By name, a file: its last part is the file's name, the rest is a source. Loadables without one come from the
-        default source.
+        By name, a file: its last part is the file's name, the rest is a source. With an index of shards
+        (``org/name/model.safetensors.index.json``) come its shards; a path that ends in a slash (``org/name/``) is a
+        whole folder. Loadables without a path come from the default source.
     custom_hooks : mapping of str to callable
         By name, ``hook(object, path)``; wins over the hooks of the object's class.
     conditions : mapping of str to (bool or callable)
         By name, whether it takes part; a callable is asked each time.
     cache_dir : str or Path, optional
         The cache folder of this rank.
+    options : mapping of str to LoadOptions
+        By name, how it is loaded: strictness, other names, what its pickle may use.
     settings : Settings, optional
         All limits; default: from the environment. `cache_dir` wins over the one in it.
     """
@@ -64,6 +70,7 @@ class Pretrainer:
         custom_hooks: Mapping[str, Callable[[Any, Path], object]] | None = None,
         conditions: Mapping[str, bool | Callable[[], bool]] | None = None,
         *,
+        options: Mapping[str, LoadOptions] | None = None,
         cache_dir: str | Path | None = None,
         settings: Settings | None = None,
     ) -> None:
@@ -71,11 +78,13 @@ class Pretrainer:
         self.paths: dict[str, str | FetchSource] = {}
         self.custom_hooks: dict[str, Callable[[Any, Path], object]] = {}
         self.conditions: dict[str, bool | Callable[[], bool]] = {}
+        self.options: dict[str, LoadOptions] = {}
         self.set_collect_in(collect_in)
         self.add_loadables(loadables or {})
         self.add_paths(paths or {})
         self.add_custom_hooks(custom_hooks or {})
         self.add_conditions(conditions or {})
+        self.add_options(options or {})
         self.report: RunReport | None = None
         self._settings, self._cache_dir = settings, cache_dir
         self._collected: dict[str, Path] = {}
@@ -107,6 +116,10 @@ class Pretrainer:
     def add_conditions(self, conditions: Mapping[str, bool | Callable[[], bool]]) -> None:
         """Add or replace conditions, by name."""
         self.conditions.update(conditions)
+
+    def add_options(self, options: Mapping[str, LoadOptions]) -> None:
+        """Add or replace options of loadables, by name."""
+        self.options.update(options)
 
     @overload
     @staticmethod
@@ -174,32 +187,52 @@ class Pretrainer:
         self.report = collected.report
         return dict(self._collected)
 
-    def load_collected(self) -> None:
+    def load_collected(self, *, verify: Literal["digest"] | None = None) -> None:
         """Load every collected file into its loadable, on every rank; collective.
 
         A custom hook wins over a transfer hook, which wins over a load hook. What was never collected by this object
-        is looked for in `collect_in`.
+        is looked for in `collect_in`. Formats, names and shapes of all loadables are checked on all ranks before the
+        first parameter is written on any; what custom hooks refuse shows only when they are called.
+
+        Parameters
+        ----------
+        verify : "digest", optional
+            Compare afterwards what all ranks hold, tensor by tensor (CRC-32). Left out are loadables whose
+            `LoadOptions` say `rank_specific`, DTensors, and objects without ``state_dict``.
 
         Raises
         ------
         LoadError
-            On every rank, when a file could not be loaded on any; `NoHook` for a type that nobody knows to load.
+            On every rank, when a file could not be loaded on any, or ranks hold different values; `NoHook` for a type
+            that nobody knows to load, `UnsafeFile` for a pickle that wants more than is allowed.
+        PlanMismatch
+            Ranks allow pickles different things.
         """
+        if verify not in (None, "digest"):
+            raise BadRequest(f"verify is 'digest' or None, not {verify!r}")
+        from weightferry.loading.job import load_all
+
         settings = self._limits()
         with operation(settings, "load", group=self._group, alone=self._alone) as control:
-            control.round("load", lambda: self._load(control), lambda _: None)
+            load_all(control, lambda: self._loads(settings), verify=verify is not None)
 
-    def _load(self, control: Control) -> None:
-        from weightferry.loading.objects import check_loadable, load_object
+    def _loads(self, settings: Settings) -> dict[str, Load]:
+        from weightferry.loading.job import Load
+        from weightferry.loading.options import LoadOptions
 
-        names = [name for name in self.loadables if self.is_loadable(name)]
-        paths = {name: self._path_of(name) for name in names}
-        # All questions that cost nothing come before the first parameter is written.
-        for name in names:
-            check_loadable(name, self.loadables[name], self.custom_hooks.get(name))
-        for name in names:
-            control.check()
-            load_object(name, self.loadables[name], paths[name], self.custom_hooks.get(name))
+        unknown = self.options.keys() - self.loadables.keys()
+        if unknown:
+            raise BadRequest(f"options for what is no loadable: {', '.join(sorted(unknown))}")
+        loads = {}
+        for name in (name for name in self.loadables if self.is_loadable(name)):
+            options = self.options.get(name, LoadOptions())
+            loads[name] = Load(
+                self.loadables[name],
+                self._path_of(name),
+                self.custom_hooks.get(name),
+                replace(options, allow_globals=(*settings.allow_globals, *options.allow_globals)),
+            )
+        return loads
 
     def _path_of(self, name: str) -> Path:
         if name in self._collected:
@@ -233,7 +266,10 @@ class Pretrainer:
         if name in self.paths:
             path = self.paths[name]
             # Of a chain (zip://m.ckpt::s3://bucket/a.zip) the file is in the middle: it is looked up as a whole.
-            return Ask.of(path) if "::" in str(path) else Ask.of(*self.split_path(path))
+            if "::" in str(path):
+                return Ask.of(path)
+            source, filename = self.split_path(path)
+            return Ask.of(source, filename, shards=is_index(filename.partition("?")[0]))
         if default_source is not None:
             return Ask.of(default_source, name + PARAMFILE_EXT)
         raise BadRequest(f"{name!r} has no path, and there is no default source", subject=name)

@@ -57,6 +57,9 @@ class Settings:
         an error. Default empty.
     partial_ttl : float
         Seconds after which a partial file that nobody writes to any more is removed. Default 86400.
+    allow_globals : tuple of str
+        ``module.name`` of what pickles may use beyond tensors and plain containers, in every file; as a variable
+        separated by commas. Default none. See `LoadOptions` to allow it for one file.
     """
 
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
@@ -73,6 +76,7 @@ class Settings:
     visibility_timeout: float = 60.0
     domain: str = ""
     partial_ttl: float = 86400.0
+    allow_globals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -98,7 +102,7 @@ class Settings:
         for spec in fields(cls):
             text = environ.get(PREFIX + spec.name.upper())
             if text and spec.name != "cache_dir":
-                values[spec.name] = text if spec.type == "str" else _number(spec.name, text, integer=spec.type == "int")
+                values[spec.name] = _parsed(spec.name, text, str(spec.type))
         values.update({name: value for name, value in given.items() if value is not None})
         values["cache_dir"] = Path(values["cache_dir"]).expanduser().absolute()
         return cls(**values)
@@ -113,9 +117,13 @@ def default_cache_dir(environ: Mapping[str, str]) -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "weightferry"
 
 
-def _number(name: str, text: str, *, integer: bool) -> float:
+def _parsed(name: str, text: str, kind: str) -> Any:
+    if kind == "str":
+        return text
+    if kind.startswith("tuple"):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
-        return int(text) if integer else float(text)
+        return int(text) if kind == "int" else float(text)
     except ValueError:
-        kind = "a whole number" if integer else "a number"
+        kind = "a whole number" if kind == "int" else "a number"
         raise BadRequest(f"{PREFIX}{name.upper()} must be {kind}, it is {text!r}") from None

@@ -47,6 +47,8 @@ class Ask:
         Branch, tag or commit, for the Hub.
     allow, ignore : tuple of str
         Shell patterns on paths below the source; an empty `allow` allows all.
+    shards : bool
+        Whether the files that an index of shards names come with it.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Ask:
     revision: str | None = None
     allow: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    shards: bool = False
 
     @classmethod
     def of(
@@ -65,6 +68,7 @@ class Ask:
         revision: str | None = None,
         allow: str | Iterable[str] | None = None,
         ignore: str | Iterable[str] | None = None,
+        shards: bool = False,
     ) -> Ask:
         """Make the value from what the interfaces accept: text, `Path` (always local) or `FetchSource`."""
         kind = None
@@ -77,7 +81,7 @@ class Ask:
             raise BadRequest(f"not a source: {text + filename!r}")
         if revision == "":
             raise BadRequest("the revision is empty; leave it out for the default branch", subject=text)
-        return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore))
+        return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore), shards)
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""

@@ -81,13 +81,18 @@ def collect(
 
 
 def load(
-    paths: Mapping[str, Any], make: Callable[[], Mapping[str, Any]], collect_in: Path | None = None
+    paths: Mapping[str, Any],
+    make: Callable[[], Mapping[str, Any]],
+    collect_in: Path | None = None,
+    *,
+    verify: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect and load, and return the state of every loadable as plain numbers."""
     loadables = make()
-    pretrainer = weightferry.Pretrainer(collect_in, loadables, paths)
+    pretrainer = weightferry.Pretrainer(collect_in, loadables, paths, options=options)
     pretrainer.collect_files()
-    pretrainer.load_collected()
+    pretrainer.load_collected(verify=verify)
     return {name: _plain(loadable.state_dict()) for name, loadable in loadables.items()}
 
 

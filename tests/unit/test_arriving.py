@@ -25,7 +25,7 @@ CONTENT = random.Random(0).randbytes(3 << 20)
 def arriving(layout: CacheLayout) -> Arriving:
     pinned = pin(FakeOrigin({"m.bin": CONTENT}))
     entry = (pinned, pinned.files[0])
-    return Arriving(layout, entry, layout.partial_of(*entry), [], ThreadPoolExecutor(1), [].append)
+    return Arriving(layout, entry, layout.partial_of(*entry), [], ThreadPoolExecutor(1), lambda _: None)
 
 
 def finish(arriving: Arriving) -> None:

@@ -13,8 +13,10 @@ from weightferry.sources import Ask, FetchFrom, FetchSource, Source, SourceLike,
 HERE = Path.cwd()
 
 
-def meaning(source: SourceLike, filename: str = "", *, folders: tuple[str, ...] = (), **options: str) -> Source:
-    return understand(Ask.of(source, filename, **options), lambda text: text in folders)
+def meaning(
+    source: SourceLike, filename: str = "", *, folders: tuple[str, ...] = (), revision: str | None = None
+) -> Source:
+    return understand(Ask.of(source, filename, revision=revision), lambda text: text in folders)
 
 
 @pytest.mark.parametrize(

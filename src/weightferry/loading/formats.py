@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # A tar's magic at byte 257 is the furthest that is looked at; the rest is for the words of a page or an index.
 _HEAD_BYTES = 4096
+# An index of shards may begin with metadata.
+_INDEX_BYTES = 1 << 20
 # torch.serialization.MAGIC_NUMBER as pickle writes it (LONG1 of 10 bytes); before it only the opcodes PROTO and FRAME.
 _TORCH_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _OTHER_BINARIES = {
@@ -36,6 +38,7 @@ class Format(enum.Enum):
     TORCH_TAR = enum.auto()
     PICKLE = enum.auto()
     SAFETENSORS = enum.auto()
+    INDEX = enum.auto()
 
 
 def tell_format(path: Path) -> Format:
@@ -50,6 +53,8 @@ def tell_format(path: Path) -> Format:
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+        if head.lstrip().startswith(b"{"):
+            head += file.read(_INDEX_BYTES)
     kind = _kind(head)
     if kind is None:
         raise LoadError(f"{path} holds no weights: it is {describe(head)}", subject=str(path))
@@ -64,6 +69,8 @@ def _kind(head: bytes) -> Format | None:
         return Format.SAFETENSORS
     if head[257:262] == b"ustar":
         return Format.TORCH_TAR
+    if head.lstrip().startswith(b"{") and b'"weight_map"' in head:
+        return Format.INDEX
     if head.startswith(b"\x80"):
         return Format.TORCH_LEGACY if _TORCH_MAGIC in head[:32] else Format.PICKLE
     return None
@@ -90,8 +97,6 @@ def _describe_text(start: bytes) -> str:
         return f"of an unknown kind, its first bytes are {start[:16].hex(' ')}"
     if start.startswith(b"<"):
         return "an XML document, as object stores answer with when they refuse; it starts with " + _quote(start)
-    if b'"weight_map"' in start:
-        return "an index of shards; the weights are in the files that it names"
     if start.startswith((b"{", b"[")):
         return "JSON, perhaps a configuration or a server's error; it starts with " + _quote(start)
     return "text; it starts with " + _quote(start)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from weightferry.loading.keys import align
+from weightferry.loading.parts import is_split, own_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,9 +55,13 @@ class Fit:
     conversions: dict[tuple[torch.dtype, torch.dtype], list[str]] = field(default_factory=dict)
 
     @property
-    def on_meta(self) -> list[str]:
-        """Keys of the module's tensors that have no memory to copy into."""
-        return [key for key, tensor in self.wanted.items() if isinstance(tensor, torch.Tensor) and tensor.is_meta]
+    def without_value(self) -> list[str]:
+        """Keys of the module's tensors that are on the meta device, and would get no value from this file."""
+        return [
+            key
+            for key, tensor in self.wanted.items()
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and key not in self.given
+        ]
 
     @property
     def none_fits(self) -> bool:
@@ -87,8 +92,11 @@ def fit(state: Mapping[str, Any], module: nn.Module) -> Fit:
     return result
 
 
-def copy_into(fitted: Fit, *, strict: bool) -> tuple[list[str], list[str]]:
+def copy_into(fitted: Fit, *, strict: bool, device: str | None = None) -> tuple[list[str], list[str]]:
     """Copy the given tensors into the module's parameters and buffers, which stay the same objects.
+
+    Those on the meta device are replaced by new ones first, on `device`; tied ones by one. Of DTensors each rank
+    copies only the part that it owns.
 
     Returns
     -------
@@ -96,9 +104,34 @@ def copy_into(fitted: Fit, *, strict: bool) -> tuple[list[str], list[str]]:
         Missing and unexpected keys, as the module itself counts them. Classes may override `load_state_dict` with one
         that takes the state alone, or that returns nothing; then both are empty.
     """
+    _give_memory(fitted, device or "cpu")
+    for key, tensor in fitted.wanted.items():
+        if is_split(tensor) and key in fitted.given:
+            fitted.given[key] = own_part(fitted.given[key], tensor)
     load: Any = fitted.module.load_state_dict
     result = load(fitted.given, strict=strict) if _takes_strict(load) else load(fitted.given)
     return ([], []) if result is None else (list(result.missing_keys), list(result.unexpected_keys))
+
+
+def _give_memory(fitted: Fit, device: str) -> None:
+    """Put tensors with memory in place of those on the meta device that the file has values for."""
+    made: dict[int, torch.Tensor] = {}
+    values = {id(tensor) for key, tensor in fitted.wanted.items() if key in fitted.given}
+    for module in fitted.module.modules():
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)  # noqa: SLF001 - setattr calls hooks
+        for tensors in both:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta and id(tensor) in values:
+                    tensors[name] = made.setdefault(id(tensor), _with_memory(tensor, device))
+
+
+def _with_memory(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device=device, requires_grad=False)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    made = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    made.__dict__.update(tensor.__dict__)  # marks that libraries put on parameters
+    return made
 
 
 def _own_state(module: nn.Module) -> Mapping[str, Any]:

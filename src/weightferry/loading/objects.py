@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import nn
 
 from weightferry.errors import CollectError, LoadError, NoHook, redact
+from weightferry.loading.hooks import PREPARES
 from weightferry.loading.keys import unwrap
+from weightferry.loading.options import DEFAULT, LoadOptions
 from weightferry.loading.registry import (
     DEFAULT_LOAD_HOOKS,
     DEFAULT_TRANSFER_HOOKS,
     LOADER_MARK,
     TRANSFER_MARK,
     Hook,
+    fallback,
     find_hook,
 )
 
@@ -23,8 +26,12 @@ if TYPE_CHECKING:
 
     PathLike: TypeAlias = str | os.PathLike[str]
 
+T = TypeVar("T")
 
-def load_object(name: str, obj: Any, path: PathLike, custom_hook: Hook | None = None) -> None:
+
+def load_object(
+    name: str, obj: Any, path: PathLike, custom_hook: Hook | None = None, options: LoadOptions = DEFAULT
+) -> None:
     """Load a file into an object: by its custom hook, else its type's transfer hook, else its type's load hook.
 
     Parameters
@@ -46,14 +53,32 @@ def load_object(name: str, obj: Any, path: PathLike, custom_hook: Hook | None = 
     LoadError
         The hook failed; names loadable and file. Errors of our own classes pass as they are.
     """
-    load = _bind(name, obj, custom_hook)
-    try:
-        load(path)
-    except CollectError:
-        raise
-    except Exception as error:
-        text = f"loading {name!r} from {path} failed: {type(error).__name__}: {error}"
-        raise LoadError(redact(text), subject=str(path)) from error
+    prepare_object(name, obj, path, custom_hook, options)()
+
+
+def prepare_object(
+    name: str, obj: Any, path: PathLike, custom_hook: Hook | None = None, options: LoadOptions = DEFAULT
+) -> Callable[[], None]:
+    """Check all that `load_object` can check before it writes, and return what writes.
+
+    Hooks of others are only found: what they refuse shows when they are called.
+
+    Raises
+    ------
+    LoadError
+        As for `load_object`.
+    """
+    hook, target = _bind(name, obj, custom_hook)
+    prepare = PREPARES.get(hook)
+    if prepare is None:
+        if options.for_modules:
+            raise LoadError(f"{name!r} is loaded by {hook!r}, which knows of no options: {options}", subject=name)
+        ending = () if custom_hook is not None or _is_transfer(hook, target) else (False,)
+        return lambda: _named(name, path, lambda: hook(target, path, *ending))
+    if options.for_modules and not isinstance(target, nn.Module):
+        raise LoadError(f"{name!r} is no module, and these options are for modules: {options}", subject=name)
+    commit = _named(name, path, lambda: prepare(target, path, options))
+    return lambda: _named(name, path, commit)
 
 
 def check_loadable(name: str, obj: Any, custom_hook: Hook | None = None) -> None:
@@ -67,19 +92,35 @@ def check_loadable(name: str, obj: Any, custom_hook: Hook | None = None) -> None
     _bind(name, obj, custom_hook)
 
 
-def _bind(name: str, obj: Any, custom_hook: Hook | None) -> Callable[[PathLike], Any]:
+def _named(name: str, path: PathLike, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except CollectError:
+        raise
+    except Exception as error:
+        text = f"loading {name!r} from {path} failed: {type(error).__name__}: {error}"
+        raise LoadError(redact(text), subject=str(path)) from error
+
+
+def _bind(name: str, obj: Any, custom_hook: Hook | None) -> tuple[Hook, Any]:
+    """Return the hook, and what it is called with."""
     if custom_hook is not None:
         if not callable(custom_hook):
             raise NoHook(f"the custom hook of {name!r} is a {type(custom_hook).__name__}, which cannot be called")
-        return lambda path: custom_hook(obj, path)
+        return custom_hook, obj
     target = _target(obj)
-    transfer = find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)
-    if transfer is not None:
-        return lambda path: transfer(target, path)
-    load = find_hook(target, DEFAULT_LOAD_HOOKS, LOADER_MARK)
-    if load is not None:
-        return lambda path: load(target, path, False)
-    raise NoHook(_how_to_register(name, obj))
+    hook = (
+        find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)
+        or find_hook(target, DEFAULT_LOAD_HOOKS, LOADER_MARK)
+        or fallback(target)
+    )
+    if hook is None:
+        raise NoHook(_how_to_register(name, obj))
+    return hook, target
+
+
+def _is_transfer(hook: Hook, target: Any) -> bool:
+    return hook is find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)
 
 
 def _target(obj: Any) -> Any:

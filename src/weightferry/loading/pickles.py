@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickletools
 import zipfile
-from typing import IO, TYPE_CHECKING
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from weightferry.errors import LoadError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
 # A legacy torch file is five pickles (magic number, protocol, system, the object, keys of storages), then raw storages.
@@ -58,9 +62,45 @@ def explain(path: Path, wanted: list[str]) -> str:
     if hostile:
         return f"{refused} Weights have no use for {', '.join(hostile)}, which can run anything: do not load this file."
     return (
-        f"{refused} If you trust the file and know what these are, import them and allow exactly them: "
-        f"`torch.serialization.add_safe_globals([{', '.join(wanted[:_SHOWN])}])`, on every rank."
+        f"{refused} If you trust the file and know what these are, allow exactly them on every rank: "
+        f"`LoadOptions(allow_globals={wanted[:_SHOWN]})` for this loadable, "
+        f"or `WEIGHTFERRY_ALLOW_GLOBALS={','.join(wanted[:_SHOWN])}`."
     )
+
+
+@contextlib.contextmanager
+def allowed(names: Collection[str]) -> Iterator[None]:
+    """Let torch's safe reading accept exactly these beside tensors and containers, until this context is left.
+
+    Parameters
+    ----------
+    names
+        ``module.name`` each; the modules are imported.
+
+    Raises
+    ------
+    LoadError
+        There is no such thing, or it is one that could run anything.
+    """
+    found = [_import(name) for name in names]
+    with torch.serialization.safe_globals(found) if found else contextlib.nullcontext():
+        yield
+
+
+def _import(name: str) -> Any:
+    if _is_hostile(name):
+        raise LoadError(f"allow_globals: {name} can run anything; it is never allowed", subject=name)
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        with contextlib.suppress(AttributeError):
+            for part in parts[cut:]:
+                found = getattr(found, part)
+            return found
+    raise LoadError(f"allow_globals: there is no {name} to import here", subject=name)
 
 
 def _globals_of_one(stream: IO[bytes]) -> Iterator[tuple[str, str]]:

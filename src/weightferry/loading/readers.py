@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,27 +18,33 @@ import torch
 
 from weightferry.errors import CollectError, LoadError, UnsafeFile
 from weightferry.loading.formats import Format, tell_format
-from weightferry.loading.pickles import LEGACY_PICKLES, explain, unsafe_globals
+from weightferry.loading.pickles import LEGACY_PICKLES, allowed, explain, unsafe_globals
+from weightferry.loading.sharded import beside, weight_map, weights_in
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+
+logger = logging.getLogger(__name__)
 
 # What safetensors itself accepts (MAX_HEADER_SIZE in its tensor.rs).
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def read_state(path: str | os.PathLike[str], *, mapped: bool = True) -> Any:
+def read_state(path: str | os.PathLike[str], *, mapped: bool = True, allow_globals: Collection[str] = ()) -> Any:
     """Read what `torch.save` or safetensors wrote, without running code from it.
 
     Parameters
     ----------
     path
-        The file; its name does not matter.
+        The file; its name does not matter. Or an index of shards, which lie beside it, or a folder that holds one of
+        these.
     mapped
         Whether tensors may be views of the mapped file: nothing is read before it is used, and no second copy is
         held. The map is private, writing to a tensor never reaches the file. Without it tensors own their memory;
         ask for that when they are kept. Old torch files are never mapped.
+    allow_globals
+        ``module.name`` of what a pickle may use beyond tensors and plain containers. These modules are imported.
 
     Returns
     -------
@@ -49,17 +58,51 @@ def read_state(path: str | os.PathLike[str], *, mapped: bool = True) -> Any:
     LoadError
         The file cannot be read, is truncated or damaged, or holds something else.
     """
-    file = Path(path)
     try:
-        return _READERS[tell_format(file)](file, mapped)
+        with allowed(allow_globals):
+            return _read(Path(path), mapped)
     except CollectError:
         raise
     except OSError as error:
-        raise LoadError(f"cannot read {file}: {error.strerror or error}", subject=str(file)) from error
+        where = error.filename or path
+        raise LoadError(f"cannot read {where}: {error.strerror or error}", subject=str(where)) from error
+
+
+def _read(path: Path, mapped: bool) -> Any:
+    if path.is_dir():
+        return _read(weights_in(path), mapped)
+    kind = tell_format(path)
+    if kind is Format.INDEX:
+        return _read_shards(path, mapped)
+    try:
+        return _READERS[kind](path, mapped)
+    except (CollectError, OSError):
+        raise
     except Exception as error:  # noqa: BLE001 - what torch raises on damaged input is of any class
         cause = _without_advice(error)
-        text = f"{file} could not be read, it is truncated or damaged: {_first_line(cause)}"
-        raise LoadError(text, subject=str(file)) from cause
+        text = f"{path} could not be read, it is truncated or damaged: {_first_line(cause)}"
+        raise LoadError(text, subject=str(path)) from cause
+
+
+def _read_shards(index: Path, mapped: bool) -> dict[str, Any]:
+    """Join the shards of an index: views of mapped files, which are read where they are used."""
+    named = weight_map(index)
+    folder = beside(index, next(iter(named.values())))
+    state: dict[str, Any] = {}
+    for shard in dict.fromkeys(named.values()):
+        part = _read(folder / shard, mapped)
+        if not isinstance(part, Mapping):
+            raise LoadError(f"{folder / shard} holds a {type(part).__name__}, no tensors", subject=str(folder / shard))
+        wanted = [key for key, where in named.items() if where == shard]
+        absent = [key for key in wanted if key not in part]
+        if absent:
+            raise LoadError(
+                f"{folder / shard} lacks {len(absent)} of the {len(wanted)} tensors that {index.name} says are in it: "
+                f"{', '.join(absent[:5])}",
+                subject=str(folder / shard),
+            )
+        state.update((key, part[key]) for key in wanted)
+    return {key: state[key] for key in named}
 
 
 def _read_torch_zip(path: Path, mapped: bool) -> Any:
@@ -77,7 +120,8 @@ def _read_torch_zip(path: Path, mapped: bool) -> Any:
 
 
 def _read_torch_legacy(path: Path, mapped: bool) -> Any:
-    del mapped
+    if mapped:
+        _say_once(path)
     with path.open("rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
@@ -85,6 +129,13 @@ def _read_torch_legacy(path: Path, mapped: bool) -> Any:
             file.seek(0)
             _refuse_if_unsafe(path, unsafe_globals(file, LEGACY_PICKLES))
             raise
+
+
+@cache
+def _say_once(path: Path) -> None:
+    logger.info(
+        "%s is in torch's old format, which cannot be mapped: each rank holds a second copy while it loads", path
+    )
 
 
 def _refuse_tar(path: Path, mapped: bool) -> NoReturn:

@@ -7,13 +7,22 @@ as ``hook(obj, path)``, a load hook as ``hook(obj, path, end_of_epoch)``.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from weightferry.loading.hooks import load_cyclic_lr, load_module, load_sentencepiece, load_state, transfer_module
+from weightferry.loading.hooks import (
+    load_cyclic_lr,
+    load_module,
+    load_sentencepiece,
+    load_state,
+    load_tokenizer,
+    transfer_module,
+    transfer_state,
+)
 
 PARAMFILE_EXT = ".ckpt"
 
@@ -114,13 +123,31 @@ def marked_method(cls: type, mark: str) -> Hook | None:
 def find_hook(obj: object, hooks: dict[type, Hook], mark: str) -> Hook | None:
     """Return the hook of the nearest class of `obj` that is in `hooks`, or has a method with `mark`.
 
-    The mark alone counts, too: a class that SpeechBrain's decorator has registered shows nothing else.
+    The mark alone counts, too: a class that SpeechBrain's decorator has registered shows nothing else. What was put
+    into SpeechBrain's own table by hand counts for its class, but for those of torch, which both know.
     """
+    theirs = _speechbrains(mark)
     for cls in type(obj).__mro__:
-        hook = hooks.get(cls) or marked_method(cls, mark)
+        hook = hooks.get(cls) or marked_method(cls, mark) or theirs.get(cls)
         if hook is not None:
             return hook
     return None
+
+
+def fallback(obj: object) -> Hook | None:
+    """Return what loads an object of a class that nobody has registered: a tokenizer, or what takes a state dict."""
+    # Not imported for it: whoever has such an object has imported it.
+    tokenizers = sys.modules.get("tokenizers")
+    if tokenizers is not None and isinstance(obj, tokenizers.Tokenizer):
+        return load_tokenizer
+    return transfer_state if callable(getattr(type(obj), "load_state_dict", None)) else None
+
+
+def _speechbrains(mark: str) -> dict[type, Hook]:
+    module = sys.modules.get("speechbrain.utils.checkpoints")
+    name = "DEFAULT_TRANSFER_HOOKS" if mark == TRANSFER_MARK else "DEFAULT_LOAD_HOOKS"
+    hooks: dict[type, Hook] = getattr(module, name, {})
+    return hooks
 
 
 def _check_signature(method: Hook, what: str, signature: str, arguments: tuple[object, ...]) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from weightferry.errors import BadRequest, at
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.origins.base import Origin, origin_for
+from weightferry.origins.index import shards_of
 from weightferry.origins.retry import Watch, retrying
 from weightferry.settings import Settings
 from weightferry.sources import Ask, Source, understand
@@ -32,7 +33,7 @@ class Found:
     path : str
         Of a file or folder below that source's root; empty: the root.
     files : tuple of str
-        The paths of all its files.
+        The paths of all its files; of an index, its shards too.
     """
 
     source: int
@@ -78,10 +79,24 @@ def resolve(
         paths = list(dict.fromkeys(understood[ask].path for ask in group))
         with at(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
             pinned = retrying(settings, watch, partial(origin.resolve, root, paths), elsewhere=elsewhere)
+            indexed = {
+                understood[ask].path: retrying(
+                    settings, watch, partial(shards_of, origin, pinned, ask, understood[ask].path)
+                )
+                for ask in group
+                if ask.shards
+            }
+            if indexed:
+                paths = list(dict.fromkeys([*paths, *(shard for shards in indexed.values() for shard in shards)]))
+                # At the commit that the index was read at; the branch stays the one that was asked for.
+                at_commit = replace(root, revision=pinned.commit) if root.scheme == "hf" else root
+                again = retrying(settings, watch, partial(origin.resolve, at_commit, paths))
+                pinned = replace(again, source=pinned.source)
         for ask in group:
             # A root that turned out to be one file comes back as its folder and the file's path.
             path = pinned.source.path or understood[ask].path
-            found[ask] = Found(len(pinned_sources), path, _wanted(ask, path, pinned))
+            shards = indexed[path] if ask.shards else ()
+            found[ask] = Found(len(pinned_sources), path, (*_wanted(ask, path, pinned), *shards))
         kept = {name for ask in group for name in found[ask].files}
         pinned_sources.append(replace(pinned, files=tuple(f for f in pinned.files if f.path in kept)))
     return Resolved(Manifest(tuple(pinned_sources)), found)

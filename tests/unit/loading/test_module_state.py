@@ -12,6 +12,7 @@ from torch import nn
 
 from weightferry.errors import LoadError
 from weightferry.loading.hooks import load_module, transfer_module
+from weightferry.loading.options import LoadOptions
 
 LOGGER = "weightferry.loading.hooks"
 Hook = Callable[[nn.Module, Path], None]
@@ -205,9 +206,67 @@ def test_tied_parameters_under_one_name(hook: Hook, kept: str, path: Path, caplo
 
 
 @BOTH
-def test_meta_modules_are_refused(hook: Hook, path: Path) -> None:
-    torch.save(nn.Linear(3, 4).state_dict(), path)
-    assert "to_empty" in refused(hook, nn.Linear(3, 4, device="meta"), path)
+def test_modules_on_the_meta_device_get_memory(hook: Hook, path: Path) -> None:
+    saved = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    torch.save(saved.state_dict(), path)
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    module.get_parameter("0.weight").requires_grad_(False)
+    hook(module, path)
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(tensor, saved.state_dict()[key].to(tensor.dtype)), key
+    weight, bias = module.get_parameter("0.weight"), module.get_parameter("0.bias")
+    assert weight.dtype == torch.float64
+    assert [each.requires_grad for each in module.parameters()] == [False, True, True, True]
+    bias.data.fill_(5)
+    assert torch.equal(torch.load(path)["0.bias"], saved.get_parameter("0.bias")), "no view of the file"
+
+
+@BOTH
+def test_tied_tensors_on_the_meta_device_stay_tied(hook: Hook, path: Path) -> None:
+    safetensors.torch.save_file({"embed.weight": torch.full((5, 3), 2.0)}, path)
+    with torch.device("meta"):
+        module = Tied()
+    hook(module, path)
+    assert module.head.weight is module.embed.weight
+    assert torch.equal(module.head.weight, torch.full((5, 3), 2.0))
+
+
+@BOTH
+def test_what_would_stay_on_the_meta_device_is_an_error(hook: Hook, path: Path) -> None:
+    torch.save({"weight": torch.ones(4, 3), "bais": torch.ones(4)}, path)
+    text = refused(hook, nn.Linear(3, 4, device="meta"), path)
+    assert "bias (the file has bais)" in text
+
+
+def test_missing_keys_come_with_the_closest_names(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"weight": torch.ones(4, 3), "bais": torch.ones(4)}, path)
+    module = nn.Linear(3, 4)
+    transfer_module(module, path)
+    assert "bias (the file has bais)" in messages(caplog, logging.WARNING)[0]
+    with pytest.raises(LoadError, match=r"bias \(the file has bais\)"):
+        transfer_module(module, path, LoadOptions(strict=True))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"encoder.": "", "encoder.linear.bias": "bias", "encoder.linear.": ""},
+        lambda key: key.rpartition(".")[2] if key.startswith("encoder.") else None,
+    ],
+)
+def test_keys_are_renamed(rename: Any, path: Path) -> None:
+    torch.save({"encoder.linear.weight": torch.ones(4, 3), "encoder.linear.bias": torch.ones(4)}, path)
+    module = nn.Linear(3, 4)
+    transfer_module(module, path, LoadOptions(strict=True, rename=rename))
+    assert module.weight.sum() == 12
+
+
+def test_two_keys_of_one_new_name(path: Path) -> None:
+    torch.save({"a.weight": torch.ones(4, 3), "b.weight": torch.ones(4, 3)}, path)
+    with pytest.raises(LoadError, match="would both be renamed") as caught:
+        transfer_module(nn.Linear(3, 4), path, LoadOptions(rename={"a.": "", "b.": ""}))
+    assert caught.value.subject == str(path)
 
 
 def test_counters_that_old_files_lack(path: Path) -> None:

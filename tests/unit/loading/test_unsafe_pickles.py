@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightferry.errors import Failure, UnsafeFile
+from weightferry.errors import Failure, LoadError, UnsafeFile
 from weightferry.loading.objects import load_object
 from weightferry.loading.pickles import unsafe_globals
 from weightferry.loading.readers import read_state
@@ -90,11 +90,21 @@ def test_the_wanted_global_is_named_and_can_be_allowed(save: Save, tmp_path: Pat
     wanted = f"{Settings.__module__}.Settings"
     with pytest.raises(UnsafeFile) as caught:
         read_state(path)
-    assert f"add_safe_globals([{wanted}])" in str(caught.value)
+    assert f"LoadOptions(allow_globals=['{wanted}'])" in str(caught.value)
+    assert isinstance(read_state(path, allow_globals=[wanted])["settings"], Settings)
     with torch.serialization.safe_globals([Settings]):
         assert isinstance(read_state(path)["settings"], Settings)
     with pytest.raises(UnsafeFile):
         read_state(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "subprocess.Popen", "no.such.thing", "torch.nothing", "x"]
+)
+def test_what_cannot_be_allowed(name: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "file")
+    with pytest.raises(LoadError, match="allow_globals"):
+        read_state(tmp_path / "file", allow_globals=[name])
 
 
 def test_no_advice_to_switch_the_check_off(tmp_path: Path) -> None:

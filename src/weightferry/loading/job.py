@@ -1,0 +1,94 @@
+"""Load everything on every rank: all is checked everywhere before anything is written anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightferry.cluster.control import Control
+from weightferry.errors import PlanMismatch
+from weightferry.loading.digest import Digests, different, explain_difference, tensor_digests, total
+from weightferry.loading.objects import check_loadable, prepare_object
+from weightferry.loading.options import DEFAULT, LoadOptions
+from weightferry.loading.registry import Hook
+
+
+@dataclass(frozen=True)
+class Load:
+    """One file and the object that it is loaded into."""
+
+    obj: Any
+    path: Path
+    custom_hook: Hook | None = None
+    options: LoadOptions = DEFAULT
+
+
+def load_all(control: Control, wanted: Callable[[], Mapping[str, Load]], *, verify: bool) -> None:
+    """Check, write, and compare what ranks then hold; every rank calls it.
+
+    Parameters
+    ----------
+    wanted
+        Makes what this rank loads, by name; what it raises fails the operation on every rank.
+
+    Raises
+    ------
+    CollectError
+        The same on every rank.
+    """
+    loads: dict[str, Load] = {}
+    commits: list[Callable[[], None]] = []
+
+    def check() -> dict[str, tuple[str, ...]]:
+        loads.update(wanted())
+        for name, load in loads.items():
+            check_loadable(name, load.obj, load.custom_hook)  # costs nothing: before the first file is opened
+        for name, load in loads.items():
+            control.check()
+            commits.append(prepare_object(name, load.obj, load.path, load.custom_hook, load.options))
+        return {name: load.options.allow_globals for name, load in loads.items()}
+
+    def write() -> None:
+        for commit in commits:
+            control.check()
+            commit()
+
+    control.round("load", check, lambda said: _all_allow_the_same(said, control))
+    control.round("load", write, lambda _: None)
+    if verify:
+        _compare(control, loads)
+
+
+def _all_allow_the_same(said: Mapping[int, Mapping[str, tuple[str, ...]]], control: Control) -> None:
+    """Raise where ranks allow the pickle of one loadable different things."""
+    first: dict[str, int] = {}
+    for rank, names in said.items():
+        for name, allowed in names.items():
+            other = first.setdefault(name, rank)
+            if set(said[other][name]) != set(allowed):
+                raise PlanMismatch(
+                    f"allow_globals of {name!r} is {sorted(said[other][name])} on rank {control.names[other]} and "
+                    f"{sorted(allowed)} on rank {control.names[rank]}",
+                    subject=name,
+                )
+
+
+def _compare(control: Control, loads: Mapping[str, Load]) -> None:
+    digests: dict[str, Digests] = {}
+
+    def digest() -> dict[str, int]:
+        digests.update(
+            (name, tensor_digests(load.obj)) for name, load in loads.items() if not load.options.rank_specific
+        )
+        return {name: total(said) for name, said in digests.items()}
+
+    def explain(said: Mapping[int, Mapping[str, Digests]]) -> None:
+        name = next(name for digests in said.values() for name in digests)
+        raise explain_difference(name, {rank: told[name] for rank, told in said.items() if name in told}, control.names)
+
+    names = control.round("verify", digest, different)
+    if names:
+        # Names of tensors, of one loadable: only now, since 512 ranks would send megabytes each time.
+        control.round("verify", lambda: {name: digests[name] for name in names[:1] if name in digests}, explain)
