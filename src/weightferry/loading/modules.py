@@ -166,6 +166,9 @@ def _offence(theirs: Any, ours: torch.Tensor) -> str:
     # torch 0.3 had no scalars; torch still takes its one-element vectors for them.
     if theirs.shape != ours.shape and not (ours.shape == () and theirs.shape == (1,)):
         return f"{tuple(theirs.shape)} in the file, {tuple(ours.shape)} in the module"
+    if theirs.layout != ours.layout or theirs.is_quantized != ours.is_quantized:
+        kind = "quantized" if theirs.is_quantized else str(theirs.layout).removeprefix("torch.")
+        return f"a {kind} tensor in the file cannot be copied into this one"
     if theirs.is_complex() and not ours.is_complex():
         return f"{theirs.dtype} in the file would lose its imaginary part as {ours.dtype}"
     return ""
