@@ -33,7 +33,7 @@ class Scaler:
     def __init__(self) -> None:
         self.mean = torch.zeros(3)
 
-    @checkpoints.mark_as_transfer
+    @checkpoints.mark_as_transfer  # type: ignore[untyped-decorator]
     def read(self, path: Any) -> None:
         self.mean = torch.load(path, weights_only=True)["mean"]
 
@@ -48,11 +48,11 @@ class Counter:
     def __init__(self) -> None:
         self.count = 0
 
-    @checkpoints.mark_as_saver
+    @checkpoints.mark_as_saver  # type: ignore[untyped-decorator]
     def write(self, path: Any) -> None:
         Path(path).write_text(str(self.count))
 
-    @checkpoints.mark_as_loader
+    @checkpoints.mark_as_loader  # type: ignore[untyped-decorator]
     def read(self, path: Any, end_of_epoch: bool) -> None:
         assert end_of_epoch is False
         self.count = int(Path(path).read_text())

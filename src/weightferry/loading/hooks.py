@@ -61,7 +61,7 @@ def prepare_transfer(module: nn.Module, path: PathLike, options: LoadOptions = D
         missing, unexpected = copy_into(fitted, strict=False, device=options.device)
         if fitted.free and fitted.wanted and set(missing) >= set(fitted.wanted):
             raise _none_fits(fitted, path)
-        _say_conversions(fitted, path)
+        _say_more(fitted, path)
         kind = type(fitted.module).__name__
         if missing:
             logger.warning(
@@ -103,7 +103,7 @@ def prepare_load(module: nn.Module, path: PathLike, options: LoadOptions = DEFAU
 
     def commit() -> None:
         copy_into(fitted, strict=True, device=options.device)
-        _say_conversions(fitted, path)
+        _say_more(fitted, path)
 
     return commit
 
@@ -296,7 +296,13 @@ def _none_fits(fitted: Fit, path: PathLike) -> LoadError:
     return LoadError("\n".join(lines), subject=str(path))
 
 
-def _say_conversions(fitted: Fit, path: PathLike) -> None:
+def _say_more(fitted: Fit, path: PathLike) -> None:
+    left = [name for name, buffer in fitted.module.named_buffers() if buffer.is_meta]
+    if left:
+        logger.warning(
+            "%s: %d buffers of %s are in no file and stay on the meta device, compute them: %s",
+            *(path, len(left), type(fitted.module).__name__, _some(left)),
+        )
     for (theirs, ours), keys in fitted.conversions.items():
         loses = not torch.can_cast(theirs, ours)
         level = logging.WARNING if loses else logging.INFO

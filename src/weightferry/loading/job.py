@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from weightferry.cluster.control import Control
+from weightferry.cluster.topology import read_topology
 from weightferry.errors import PlanMismatch
+from weightferry.loading.ahead import read_ahead
 from weightferry.loading.digest import Digests, different, explain_difference, tensor_digests, total
 from weightferry.loading.objects import check_loadable, prepare_object
 from weightferry.loading.options import DEFAULT, LoadOptions
 from weightferry.loading.registry import Hook
+from weightferry.loading.sharded import files_behind
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ def load_all(control: Control, wanted: Callable[[], Mapping[str, Load]], *, veri
         loads.update(wanted())
         for name, load in loads.items():
             check_loadable(name, load.obj, load.custom_hook)  # costs nothing: before the first file is opened
+        place = read_topology()
+        files = [file for load in loads.values() for file in files_behind(load.path)]
+        read_ahead(files, place.local_rank, place.local_world_size or 1, control.check)
         for name, load in loads.items():
             control.check()
             commits.append(prepare_object(name, load.obj, load.path, load.custom_hook, load.options))

