@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         LeaderLost,
         LoadError,
         NoHook,
+        NoSpace,
         NotDistributed,
         OriginError,
         OriginUnreachable,
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "weightferry.errors": (
-        "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NotDistributed "
-        "OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
+        "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NoSpace "
+        "NotDistributed OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
     "weightferry.leading": "run_on_leader run_on_main",
     "weightferry.loading.options": "LoadOptions",
@@ -78,6 +79,7 @@ __all__ = [
     "LoadError",
     "LoadOptions",
     "NoHook",
+    "NoSpace",
     "NotDistributed",
     "OriginError",
     "OriginUnreachable",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightferry._version import __version__
+from weightferry.cache_command import cache
 from weightferry.errors import BadRequest, CollectError
 
 if TYPE_CHECKING:
@@ -192,6 +193,9 @@ def demo(folder: Path | None) -> None:
     except DemoError as error:
         click.echo(f"weightferry: {error}", err=True)
         sys.exit(1)
+
+
+main.add_command(cache)
 
 
 if __name__ == "__main__":

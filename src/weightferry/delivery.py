@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import Locks
+from weightferry.cache.pins import use
+from weightferry.cache.space import make_room
 from weightferry.cache.survey import Survey, Surveyor
 from weightferry.cluster.agree import Agreed
 from weightferry.cluster.control import Control
@@ -98,13 +100,22 @@ class _Delivery:
             return self._look((), wait=True)
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
+        for pinned in self._manifest.sources:
+            if not pinned.in_place:  # before it is looked at: nobody evicts it from here on
+                use(self._surveyor.layout.used_lock(self._surveyor.layout.repo(pinned).name), self._control.check)
         seen = self._surveyor.survey(wait=wait, doubted=doubted)
         self._whole = seen.whole
         missing = [index for index in range(len(self._surveyor.files)) if index not in seen.whole]
+        if not seen.busy:  # else another job takes the space, and brings them
+            lacking = [self._surveyor.files[index] for index in self._lacking()]
+            make_room(self._surveyor.layout, lacking, self._settings)
         cannot = unreachable(self._manifest, missing, self._settings) if len(self._leaders) > 1 else {}
         # The others need the SHA-256 only where the manifest promises nothing.
         whole = {i: "" if self._surveyor.files[i][1].checksum else text for i, text in seen.whole.items()}
         return replace(seen, whole=whole, unreachable=cannot)
+
+    def _lacking(self) -> tuple[int, ...]:
+        return tuple(index for index in self._manifest.contents() if index not in self._whole)
 
     def is_complete(self, surveys: Mapping[int, Survey]) -> bool:
         """Whether every domain has every file, and the same bytes; every rank concludes the same from the same."""
@@ -116,8 +127,7 @@ class _Delivery:
         """Bring what is missing; return the files that came wrong, and are to be brought once more."""
 
         def work() -> Brought:
-            lacking = tuple(index for index in self._manifest.contents() if index not in self._whole)
-            orders = Orders(plan(self._manifest, surveys), lacking, self.hosts, attempt)
+            orders = Orders(plan(self._manifest, surveys), self._lacking(), self.hosts, attempt)
             brought = bring(orders, self._surveyor, self._settings, self._control)
             self.mine.brought += brought
             return brought

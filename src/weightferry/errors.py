@@ -184,6 +184,10 @@ class Stalled(CollectError):
     """Bytes stand still: an origin or a rank stopped sending, and asking again did not help."""
 
 
+class NoSpace(CollectError):
+    """The file system of a cache has too few bytes or inodes free for what is missing there."""
+
+
 class LoadError(CollectError):
     """A file is whole, yet its content could not be loaded: damaged, unsafe, of another shape."""
 
@@ -211,6 +215,7 @@ _KINDS: dict[str, type[CollectError]] = {
         IntegrityError,
         LeaderLost,
         Stalled,
+        NoSpace,
         LoadError,
         UnsafeFile,
         NoHook,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from weightferry.errors import BadRequest
 
 PREFIX = "WEIGHTFERRY_"
+_MAY_BE_ZERO = _SIZES = {"min_free", "max_size"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Settings:
         an error. Default empty.
     partial_ttl : float
         Seconds after which a partial file that nobody writes to any more is removed. Default 86400.
+    min_free : int
+        Bytes that stay free on the file system of a cache; as a variable also with a unit, ``50GB``. Default 0.
+    max_size : int
+        Bytes that the content of a cache may have; as a variable also with a unit. What is missing makes room for
+        itself: what was staged longest ago is evicted, but for what living processes use. 0: no limit, and nothing is
+        ever evicted. Default 0.
     allow_globals : tuple of str
         ``module.name`` of what pickles may use beyond tensors and plain containers, in every file; as a variable
         separated by commas. Default none. See `LoadOptions` to allow it for one file.
@@ -76,12 +84,14 @@ class Settings:
     visibility_timeout: float = 60.0
     domain: str = ""
     partial_ttl: float = 86400.0
+    min_free: int = 0
+    max_size: int = 0
     allow_globals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if isinstance(value, int | float) and not value > 0:
+            if isinstance(value, int | float) and not (value > 0 or (value == 0 and spec.name in _MAY_BE_ZERO)):
                 raise BadRequest(f"setting {spec.name} must be above 0, it is {value}")
         if self.beat_timeout < 2 * self.beat_interval:
             raise BadRequest(
@@ -117,13 +127,30 @@ def default_cache_dir(environ: Mapping[str, str]) -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "weightferry"
 
 
+def byte_count(text: str) -> int:
+    """Read a size: ``1000``, ``50GB``, ``1.5TiB``.
+
+    Raises
+    ------
+    ValueError
+        It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kKMGT])(i?))?B?", text.strip())
+    if not match:
+        raise ValueError(f"not a size: {text!r}; write 1000, 50GB or 1.5TiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+
+
 def _parsed(name: str, text: str, kind: str) -> Any:
     if kind == "str":
         return text
     if kind.startswith("tuple"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
+        if name in _SIZES:
+            return byte_count(text)
         return int(text) if kind == "int" else float(text)
     except ValueError:
-        kind = "a whole number" if kind == "int" else "a number"
+        kind = "a size" if name in _SIZES else "a whole number" if kind == "int" else "a number"
         raise BadRequest(f"{PREFIX}{name.upper()} must be {kind}, it is {text!r}") from None

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.publish import show
+from weightferry.cache.pins import use
+from weightferry.cache.publish import note_staged, show
+from weightferry.cache.verified import survives_only_here
 from weightferry.cluster.agree import Agreed, Wish, agree
 from weightferry.cluster.connect import operation
 from weightferry.cluster.control import Control
@@ -139,6 +141,12 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
     sight = Sight(blocks, settings.visibility_timeout if agreed.lag else 0.0, control.check)
 
     def read_back() -> Part | None:
+        # A leader did so before it looked, and still is here. Elsewhere one lock for each of thousands of ranks would
+        # be too many: there the leader's counts.
+        if control.rank not in leaders and survives_only_here(layout):
+            for pinned in manifest.sources:
+                if not pinned.in_place:
+                    use(layout.used_lock(layout.repo(pinned).name), control.check)
         check_readable(shown, resolved, sight)
         if control.rank not in leaders:
             return None
@@ -186,3 +194,4 @@ def _show(layout: CacheLayout, manifest: Manifest) -> None:
         if not pinned.in_place:
             with at(phase="publish", subject=pinned.name):
                 show(layout, pinned)
+            note_staged(layout, pinned)

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
-from weightferry.errors import BadRequest, CollectError, LoadError, SourceNotFound
+from weightferry.errors import BadRequest, CollectError, LoadError, NoSpace, SourceNotFound
 
 FILES = {"small.ckpt": b"small", "big.bin": os.urandom(3 << 20)}
 ALL = {0, 1, 2, 3}
@@ -46,9 +46,8 @@ def little_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     gots, after = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/little"))
-    failed_alike(gots, CollectError, "transfer", {2}, "big.bin", "No space left on device", "leader of ranks 2-3")
-    # Found before the first byte of the file came, and in good time.
-    assert model.hub.content_bytes("big.bin") <= len(FILES["big.bin"])
+    failed_alike(gots, NoSpace, "survey", {2}, "2 files need 3149824 bytes", str(little_disk), "leader of ranks 2-3")
+    assert model.hub.content_bytes() == len(b"abc"), "found before the first byte came"
     assert max(got.seconds for got in gots) < 30
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
     check_cache(model.cache(0), failed=True)
@@ -161,10 +160,10 @@ def test_an_unreadable_path(
     values(after)
 
 
-def test_a_folder_where_a_file_should_be(model: Nodes) -> None:
+def test_a_folder_without_weights(model: Nodes) -> None:
     (model.place / "bad.ckpt").mkdir()
     (model.place / "bad.ckpt/w.bin").write_bytes(b"abc")
     call = partial(jobs.load, {"model": str(model.place / "bad.ckpt")}, jobs.only_model)
     gots, after = model.tries(call, partial(jobs.stage, "org/little"))
-    failed_alike(gots, LoadError, "load", ALL, "bad.ckpt", "directory")
+    failed_alike(gots, LoadError, "load", ALL, "bad.ckpt", "holds no weights")
     values(after)

@@ -176,3 +176,23 @@ def test_the_installed_command_is_this_one(model: Nodes) -> None:
     (done,) = together([((str(command), "--version"), clean_environ(model))], model.place / "version")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("weightferry, version ")
+
+
+def test_a_cache_is_verified_and_repaired_on_all_nodes(model: Nodes) -> None:
+    model.run(jobs.command, model.place, "stage", "org/model")
+    served = model.hub.content_bytes()
+    damaged = max(model.cache(2).glob("hub/*/blobs/*"), key=lambda path: path.stat().st_size)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + b"?")
+    codes, first = [], ""
+    for arguments in (("verify",), ("verify", "--repair"), ("verify",)):
+        done = model.run(jobs.command, model.place, "cache", *arguments)
+        codes.append([code for code, _, _ in done])
+        first = first or done[0][1]
+        assert all(out == "" for _, out, _ in done[1:]), "one table, of one rank"
+    assert codes == [[1] * 4, [0] * 4, [0] * 4]
+    assert first.count("1 damaged") == 1
+    assert first.count("0 damaged") == 1
+    assert f"expected sha256 {damaged.name}" in first
+    assert damaged.read_bytes() == content
+    assert model.hub.content_bytes() == served, "the other node has the right bytes"

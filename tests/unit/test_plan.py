@@ -101,6 +101,20 @@ class TestPlan:
             surveys[leader] = Survey(whole, parts)
         check(plan(manifest(*sizes), surveys), surveys)
 
+    def test_parts_of_a_file_that_make_a_whole_are_not_read_again(self) -> None:
+        """Wherever they begin and end."""
+        size = 100 * MIB + 7
+        edges = [0, 33 * MIB + 1, 66 * MIB + 4097, size]
+        surveys = {n: Survey({}, {0: Extents([span])}) for n, span in enumerate(itertools.pairwise(edges))}
+        made = plan(manifest(size), {**surveys, 3: Survey()})
+        assert not any(made.reads.values())
+        assert sum(piece.size for piece in made.pieces) == size
+
+    def test_a_file_in_a_thousand_parts_is_cut_as_one(self) -> None:
+        torn = Extents((start, start + 1000) for start in range(0, 64 * MIB, MIB // 16))
+        made = plan(manifest(64 * MIB), {0: Survey({}, {0: torn}), 1: Survey()})
+        assert len(made.pieces) == 16
+
     def test_4096_leaders(self) -> None:
         surveys = {leader: Survey() for leader in range(4096)}
         made = plan(manifest(2000 * MIB), surveys)
@@ -112,9 +126,15 @@ class TestPlan:
         read = [sum(made.pieces[n].size for n in made.reads[leader]) for leader in surveys]
         assert max(read) - min(read) <= 4 * MIB
 
-    def test_who_has_part_of_a_piece_reads_the_rest(self) -> None:
+    def test_of_a_piece_that_is_there_in_part_the_rest_is_read(self) -> None:
         surveys = {0: Survey(), 1: Survey(parts={0: Extents([(0, 3 * MIB)])}), 2: Survey()}
         made = plan(manifest(4 * MIB), surveys)
+        assert [piece.size for piece in made.pieces] == [3 * MIB, MIB]
+        assert made.reads == {0: (1,), 1: (), 2: ()}
+
+    def test_in_a_torn_file_who_has_part_of_a_piece_reads_the_rest(self) -> None:
+        torn = Extents((start, start + 1000) for start in range(0, 3 * MIB, 4096))
+        made = plan(manifest(4 * MIB), {0: Survey(), 1: Survey(parts={0: torn}), 2: Survey()})
         assert made.reads == {0: (), 1: (0,), 2: ()}
 
     def test_thirds_make_a_whole(self) -> None:

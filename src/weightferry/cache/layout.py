@@ -11,6 +11,7 @@
         .locks/...
       partial/        what is not whole yet, each with its journal; nothing in here has its final name
       verified/       notes on content that was hashed since it last changed
+      used/           by source: COMMIT, touched whenever it is staged; NAME.lock, held by whoever uses it; NAME.keep
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from weightferry.manifest import File, Pinned
 from weightferry.sources import safe_path
 
-_OWN_FOLDERS = ("hub", "objects", "partial", "verified")
+_OWN_FOLDERS = ("hub", "objects", "partial", "verified", "used")
 
 
 class CacheLayout:
@@ -57,6 +58,10 @@ class CacheLayout:
         # Readable first, unique by the digest.
         readable = re.sub(r"[^A-Za-z0-9._-]+", "--", source.identity.partition("?")[0])[:80]
         return f"{readable}--{hashlib.sha256(source.identity.encode()).hexdigest()[:16]}"
+
+    def families(self) -> tuple[Path, Path]:
+        """The folders that hold sources."""
+        return self.hub, self.root / "objects"
 
     def repo(self, pinned: Pinned) -> Path:
         """The folder of one source, all its commits."""
@@ -116,6 +121,23 @@ class CacheLayout:
     def small_lock(self, pinned: Pinned) -> Path:
         """The lock on all small files of a source together."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
+
+    @property
+    def used(self) -> Path:
+        """The folder that tells who uses what, and when it was last staged."""
+        return self.root / "used"
+
+    def used_lock(self, folder: str) -> Path:
+        """The lock that every process holds that uses a source; `folder` is the name of its folder."""
+        return self.used / f"{folder}.lock"
+
+    def used_note(self, folder: str, commit: str) -> Path:
+        """The file whose time tells when a commit of a source was last staged."""
+        return self.used / folder / commit
+
+    def keep_mark(self, folder: str) -> Path:
+        """The file that keeps a source from being evicted."""
+        return self.used / f"{folder}.keep"
 
     @property
     def identity(self) -> Path:

@@ -60,6 +60,14 @@ def show(layout: CacheLayout, pinned: Pinned) -> None:
         write_whole(ref, pinned.commit)
 
 
+def note_staged(layout: CacheLayout, pinned: Pinned) -> None:
+    """Note that a commit was staged now: what was longest ago is evicted first."""
+    note = layout.used_note(layout.repo(pinned).name, pinned.commit)
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
 def sweep_partials(layout: CacheLayout, ttl: float) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds: its writer was killed."""
     with contextlib.suppress(OSError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from weightferry.manifest import File
@@ -17,6 +18,8 @@ FRAME = 4 * MIB
 _SMALLEST, _LARGEST = 4 * MIB, 64 * MIB
 # Pieces for each leader that reads: enough for all to end at about the same time.
 _PIECES_A_LEADER = 8
+# More of them in one file would cost more messages than bytes.
+_MOST_SEAMS = 512
 # A file below this size is read whole, and travels in a bundle with others.
 SMALL = MIB
 # Files in a bundle: they are read one after the other, each for the price of a round trip.
@@ -71,7 +74,11 @@ def is_small(file: File) -> bool:
 
 
 def cut(
-    files: Sequence[File], wanted: Sequence[int], readers: int, held_by: Callable[[int], Hashable] = lambda _: None
+    files: Sequence[File],
+    wanted: Sequence[int],
+    readers: int,
+    held_by: Callable[[int], Hashable] = lambda _: None,
+    seams: Callable[[int], Collection[int]] = lambda _: (),
 ) -> tuple[Piece, ...]:
     """Cut files into pieces; every leader gets the same from the same.
 
@@ -85,6 +92,9 @@ def cut(
         How many leaders read.
     held_by
         Small files with different values never share a bundle: so a domain holds all files of a bundle or none.
+    seams
+        Where in a file something begins or ends that some domain holds: no piece lies across, so that one holds all of
+        it or nothing. A file that is torn into too many parts is cut without regard to them.
     """
     together: dict[Hashable, list[int]] = {}
     for index in wanted:
@@ -98,7 +108,9 @@ def cut(
         if size is None or not files[index].ranges:
             pieces.append(Piece((index,), 0, size))
         else:
-            pieces += [Piece((index,), start, min(start + step, size)) for start in range(0, size, step)]
+            torn = seams(index)
+            edges = sorted({*range(0, size, step), size, *(torn if len(torn) <= _MOST_SEAMS else ())})
+            pieces += [Piece((index,), start, stop) for start, stop in pairwise(edges)]
     return tuple(pieces)
 
 

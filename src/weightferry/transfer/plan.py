@@ -115,7 +115,13 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
     files = [file for _, file in manifest.staged()]
     wanted = [i for i in manifest.contents() if any(i not in held.whole for held in surveys.values())]
     able = sum(1 for held in surveys.values() if not held.unreachable)
-    pieces = cut(files, wanted, able, lambda index: tuple(index in held.whole for held in surveys.values()))
+    pieces = cut(
+        files,
+        wanted,
+        able,
+        lambda index: tuple(index in held.whole for held in surveys.values()),
+        lambda index: {edge for held in surveys.values() for span in held.parts.get(index, ()) for edge in span},
+    )
     lacks = {
         leader: frozenset(n for n, piece in enumerate(pieces) if not _holds(held, piece))
         for leader, held in surveys.items()

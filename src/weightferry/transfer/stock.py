@@ -105,11 +105,12 @@ class Stock:
         arriving = self.arriving.get(piece.files[0])
         return arriving is None or arriving.covers(start, stop)
 
-    def window(self, frame: Frame) -> mmap.mmap:
+    def window(self, frame: Frame) -> memoryview:
         """Map the bytes of a frame: what is written there is in the file."""
         index = self._pieces[frame.piece].files[0]
         arriving = self.arriving.get(index)
-        length = frame.stop - frame.start
+        begin = frame.start % mmap.ALLOCATIONGRANULARITY  # a mapping starts with a page, a frame anywhere
+        length, offset = begin + frame.stop - frame.start, frame.start - begin
         if arriving is None:
             descriptor = os.open(self._layout.blob(*self.files[index]), os.O_RDONLY | os.O_CLOEXEC)
         else:
@@ -119,7 +120,7 @@ class Stock:
         # A private mapping of a file that is only read: its pages are the page cache's own as long as nobody writes.
         access = mmap.ACCESS_COPY if arriving is None else mmap.ACCESS_WRITE
         try:
-            return mmap.mmap(descriptor, length, access=access, offset=frame.start)
+            return memoryview(mmap.mmap(descriptor, length, access=access, offset=offset))[begin:]
         finally:
             os.close(descriptor)
 

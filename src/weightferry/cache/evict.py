@@ -1,0 +1,150 @@
+"""Make room: what was staged longest ago goes first, and never what anybody uses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightferry.cache.inventory import Held, inventory, is_kept, look_at, total
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.pins import alone
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was evicted.
+
+    Attributes
+    ----------
+    source, commit : str
+    size : int
+        Bytes that nothing else needed.
+    """
+
+    source: str
+    commit: str
+    size: int
+
+
+def evict(layout: CacheLayout, to: int) -> list[Removed]:
+    """Remove commits until the content of a cache has at most `to` bytes, or nothing more may go.
+
+    Those staged longest ago go first, each as a whole, with the content that no other commit shows. Left alone are
+    sources that a living process has staged, that somebody pinned, and that belong to somebody else.
+
+    Returns
+    -------
+    list of Removed
+        In their order.
+    """
+    size, removed = total(layout), list[Removed]()
+    _sweep(layout)
+    order = sorted(
+        ((commit.staged, held, commit) for held in inventory(layout) for commit in held.commits),
+        key=lambda one: one[0],
+    )
+    for _, held, commit in order:
+        if size <= to:
+            break
+        with _ours(layout, held) as ours:
+            if ours and (gone := remove_commit(layout, held.repo, commit.name)) is not None:
+                removed.append(Removed(held.name, commit.name, gone))
+                size -= gone
+                logger.info("evicted %s@%s: %d bytes", held.name, commit.name[:8], gone)
+    return removed
+
+
+@contextlib.contextmanager
+def _ours(layout: CacheLayout, held: Held) -> Iterator[bool]:
+    """Yield whether a source may go; if so, nobody begins to use it meanwhile."""
+    try:
+        if is_kept(layout, held) or (held.repo.stat().st_uid not in (os.geteuid(), 0) and os.geteuid() != 0):
+            yield False
+            return
+    except OSError:
+        yield False
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
+        except OSError:
+            free = False
+        yield free
+
+
+def remove_source(layout: CacheLayout, held: Held) -> int | None:
+    """Remove a whole source; None when it is in use, pinned, or somebody else's. Returns its bytes."""
+    with _ours(layout, held) as ours:
+        if not ours:
+            return None
+        size = look_at(layout, held.repo).size
+        # At once out of sight, then bit by bit.
+        trash = held.repo.with_name(f".trash-{secrets.token_hex(6)}")
+        held.repo.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+        _forget(layout, held.repo.name)
+        return size
+
+
+def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
+    """Remove one commit of a source that nobody uses, and the content that no other commit shows.
+
+    Returns
+    -------
+    int or None
+        Bytes of that content; None when the commit is not there.
+    """
+    held = look_at(layout, repo)
+    gone = next((one for one in held.commits if one.name == commit), None)
+    if gone is None:
+        return None
+    left = [one for one in held.commits if one is not gone]
+    # The refs first: nobody is led to a snapshot that is not there.
+    for ref in (path for path in (repo / "refs").rglob("*") if path.is_file()):
+        with contextlib.suppress(OSError):
+            if ref.read_text() == commit:
+                ref.unlink()
+    trash = repo / "snapshots" / f".trash-{secrets.token_hex(6)}"
+    (repo / "snapshots" / commit).rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+    size = _remove_blobs(layout, held, {blob for one in left for blob in one.blobs})
+    with contextlib.suppress(OSError):
+        layout.used_note(repo.name, commit).unlink()
+    if not left:
+        shutil.rmtree(repo, ignore_errors=True)
+        _forget(layout, repo.name)
+    return size
+
+
+def _remove_blobs(layout: CacheLayout, held: Held, shown: Collection[str]) -> int:
+    size = 0
+    for name, bytes_of in held.sizes.items():
+        if name not in shown:
+            with contextlib.suppress(OSError):
+                (held.repo / "blobs" / name).unlink()
+                size += bytes_of
+            for note in (layout.root / "verified" / held.repo.name / name, held.repo / "sha256" / name):
+                with contextlib.suppress(OSError):
+                    note.unlink()
+    return size
+
+
+def _forget(layout: CacheLayout, folder: str) -> None:
+    """Remove notes about a source that is gone; its lock file stays, since somebody may wait for it."""
+    for notes in (layout.used / folder, layout.root / "verified" / folder):
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _sweep(layout: CacheLayout) -> None:
+    """Remove what an eviction left that was killed."""
+    for family in layout.families():
+        for trash in (*family.glob(".trash-*"), *family.glob("*/snapshots/.trash-*")):
+            shutil.rmtree(trash, ignore_errors=True)

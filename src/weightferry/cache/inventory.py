@@ -1,0 +1,130 @@
+"""What a cache holds: sources and their commits, how large they are, when they were last staged, and by whom used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.pins import in_use
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of a source, as a snapshot shows it.
+
+    Attributes
+    ----------
+    name : str
+    staged : float
+        Seconds since the epoch, when it was last staged; where nobody noted it, when its snapshot was made.
+    blobs : tuple of str
+        Names of the content that it shows.
+    """
+
+    name: str
+    staged: float
+    blobs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """One source in a cache.
+
+    Attributes
+    ----------
+    repo : Path
+        Its folder.
+    commits : tuple of Commit
+        The one that was staged longest ago comes first.
+    sizes : dict of str to int
+        Bytes of each content, by its name; those that no commit shows too.
+    """
+
+    repo: Path
+    commits: tuple[Commit, ...]
+    sizes: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """For readers: the repository id on the Hub, elsewhere the name of the folder."""
+        kind, *parts = self.repo.name.split("--")
+        if self.repo.parent.name != "hub":
+            return self.repo.name
+        return "/".join(parts) if kind == "models" else f"{kind}/{'/'.join(parts)}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all content."""
+        return sum(self.sizes.values())
+
+    @property
+    def staged(self) -> float:
+        """When any commit of it was last staged."""
+        return max((commit.staged for commit in self.commits), default=0.0)
+
+
+def inventory(layout: CacheLayout) -> list[Held]:
+    """List the sources of a cache, sorted by name; folders that cannot be read are left out."""
+    held = []
+    for family in layout.families():
+        for repo in _folders(family):
+            if (repo / "blobs").is_dir() or (repo / "snapshots").is_dir():
+                held.append(look_at(layout, repo))
+    return sorted(held, key=lambda one: one.name)
+
+
+def look_at(layout: CacheLayout, repo: Path) -> Held:
+    """Look at one source."""
+    sizes = {}
+    with contextlib.suppress(OSError), os.scandir(repo / "blobs") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+    commits = [
+        Commit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
+        for snapshot in _folders(repo / "snapshots")
+    ]
+    return Held(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
+
+
+def is_kept(layout: CacheLayout, held: Held) -> bool:
+    """Whether somebody pinned it."""
+    return layout.keep_mark(held.repo.name).exists()
+
+
+def is_used(layout: CacheLayout, held: Held) -> bool:
+    """Whether a living process staged it."""
+    with contextlib.suppress(OSError):
+        return in_use(layout.used_lock(held.repo.name))
+    return True  # nobody may say that it is not
+
+
+def total(layout: CacheLayout) -> int:
+    """Bytes of all content in a cache."""
+    return sum(held.size for held in inventory(layout))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                yield Path(entry.path)
+
+
+def _staged(layout: CacheLayout, snapshot: Path) -> float:
+    for path in (layout.used_note(snapshot.parents[1].name, snapshot.name), snapshot):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _shown(folder: Path) -> Iterator[str]:
+    """Yield the names of the content that a snapshot links to."""
+    for above, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"{above}/{name}").rpartition("/")[2]

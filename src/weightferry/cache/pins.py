@@ -1,0 +1,91 @@
+"""Who uses what of a cache: eviction removes nothing that a living process staged, and nothing that was pinned.
+
+A process holds a shared `flock` on one small file for each source that it staged, for as long as it lives; the kernel
+gives it back whatever happens to the process. Whoever removes a source holds the same lock alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
+
+_held: dict[Path, int] = {}
+_holding = threading.Lock()
+
+
+def use(lock: Path, check: Callable[[], None]) -> None:
+    """Note that this process uses a source, until it ends; waits while the source is being evicted.
+
+    A cache that this process may not write to is used without: whoever evicts there has to know.
+
+    Parameters
+    ----------
+    lock
+        The file of the source, `CacheLayout.pin_lock`.
+    check
+        Called while waiting; what it raises ends the wait.
+    """
+    with _holding:
+        if lock in _held:
+            return
+        try:
+            descriptor = _open(lock)
+        except OSError:
+            return
+        try:
+            while not _flock(descriptor, fcntl.LOCK_SH):
+                check()
+                time.sleep(_LOOK)
+        except OSError:
+            os.close(descriptor)  # no flock here
+            return
+        except BaseException:
+            os.close(descriptor)
+            raise
+        _held[lock] = descriptor
+
+
+def forget() -> None:
+    """Give back what this process uses; for tests, and after a fork that goes on with something else."""
+    with _holding:
+        for descriptor in _held.values():
+            os.close(descriptor)
+        _held.clear()
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[bool]:
+    """Yield whether nobody uses a source; if so, nobody begins to while this context lasts."""
+    descriptor = _open(lock)
+    try:
+        yield _flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
+def in_use(lock: Path) -> bool:
+    """Whether a living process uses a source."""
+    if not lock.exists():
+        return False
+    with alone(lock) as free:
+        return not free
+
+
+def _open(lock: Path) -> int:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

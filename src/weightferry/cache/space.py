@@ -1,0 +1,105 @@
+"""Whether a file system has room for what is missing, asked before the first byte comes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from weightferry.cache.evict import evict
+from weightferry.cache.inventory import total
+from weightferry.cache.layout import CacheLayout
+from weightferry.errors import NoSpace
+from weightferry.manifest import File, Pinned
+from weightferry.settings import Settings
+
+_BLOCK = 4096  # bytes that the smallest file takes
+# Content, the journal of its partial data, the note that it was found right, and its name in the snapshot.
+_INODES_A_FILE = 4
+_FOLDERS = 12  # that a new source needs, at most
+_GIGABYTE = 1e9
+
+
+def make_room(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], settings: Settings) -> None:
+    """Evict until what is missing fits, where the settings allow that, and check that it does.
+
+    Raises
+    ------
+    NoSpace
+        It does not, whatever may go.
+    """
+    files = list(lacking)
+    if not files:
+        return
+    needed = sum(file.size or 0 for _, file in files)
+    if settings.max_size:
+        evict_above(layout, settings.max_size - needed, settings.min_free + needed)
+        size = total(layout)
+        if size + needed > settings.max_size:
+            raise NoSpace(
+                f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
+                f"(max_size): it has {_told(size)}, which are in use, pinned, or somebody else's",
+                subject=str(layout.root),
+            )
+    check_space(layout, files, settings.min_free)
+
+
+def evict_above(layout: CacheLayout, size: int, free: int) -> None:
+    """Evict until a cache has at most `size` bytes, and its file system at least `free`."""
+    has = total(layout)
+    there = os.statvfs(_existing(layout.root))
+    short = max(0, free - there.f_bavail * there.f_frsize)
+    if has > (to := max(0, min(size, has - short))):
+        evict(layout, to)
+
+
+def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min_free: int) -> None:
+    """Compare what files will take with what is free, less `min_free` bytes.
+
+    Quotas count where the file system tells them as free space (XFS and ext4 project quotas); others show when space
+    is taken, before a leader reads. A size that nobody knows counts as nothing.
+
+    Raises
+    ------
+    NoSpace
+        Bytes or inodes are too few.
+    """
+    files = list(lacking)
+    if not files:
+        return
+    there = os.statvfs(_existing(layout.root))
+    free = there.f_bavail * there.f_frsize
+    needed = sum(_takes(layout, pinned, file) for pinned, file in files)
+    if needed > free - min_free:
+        kept = f" and {_told(min_free)} are to stay free (min_free)" if min_free else ""
+        raise NoSpace(
+            f"{len(files)} files need {_told(needed)}, {_told(free)} are free{kept}: missing "
+            f"{_told(needed - free + min_free)}",
+            subject=str(layout.root),
+        )
+    inodes = _INODES_A_FILE * len(files) + _FOLDERS
+    # Some file systems (btrfs) make inodes as they go, and say 0 of 0.
+    if there.f_files and inodes > there.f_favail:
+        raise NoSpace(
+            f"{len(files)} files need up to {inodes} inodes, {there.f_favail} are free", subject=str(layout.root)
+        )
+
+
+def _takes(layout: CacheLayout, pinned: Pinned, file: File) -> int:
+    """Bytes that a file will take beyond those that its partial data has taken already."""
+    try:
+        taken = layout.partial_of(pinned, file).stat().st_blocks * 512
+    except OSError:
+        taken = 0
+    size = -(-(file.size or 0) // _BLOCK) * _BLOCK
+    return max(0, size - taken)
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _told(count: int) -> str:
+    return f"{count / _GIGABYTE:.2f} GB" if count >= _GIGABYTE / 100 else f"{count} bytes"

@@ -1,0 +1,126 @@
+"""Read a whole cache, at the speed of its disk, and say which content is not what its name or its note promises."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightferry.cache.inventory import Held, inventory
+from weightferry.cache.layout import CacheLayout
+from weightferry.hashing import Checksum, Hashes
+
+_DIGITS = {64: "sha256", 40: "git-sha1"}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One content that is wrong.
+
+    Attributes
+    ----------
+    source : str
+    commits : tuple of str
+        Those that show it.
+    paths : tuple of str
+        Under which names.
+    blob : Path
+    why : str
+    repo_id : str
+        Of the Hub; empty for other sources.
+    """
+
+    source: str
+    commits: tuple[str, ...]
+    paths: tuple[str, ...]
+    blob: Path
+    why: str
+    repo_id: str = ""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What one cache was found to hold."""
+
+    files: int = 0
+    size: int = 0
+    unknown: int = 0
+    damaged: tuple[Damage, ...] = ()
+
+
+def verify(layout: CacheLayout, progress: Callable[[int], None] = lambda _: None, only: str = "") -> Verified:
+    """Hash everything in a cache.
+
+    Parameters
+    ----------
+    progress
+        Called with counts of bytes as they are read.
+    only
+        The name of one source; empty: all.
+    """
+    wanted = [(held, blob) for held in inventory(layout) if only in ("", held.name) for blob in sorted(held.sizes)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        wrong = list(pool.map(lambda one: _wrong(one[0], one[1], progress), wanted))
+    damaged = tuple(
+        _damage(layout, held, blob, why)
+        for (held, blob), why in zip(wanted, wrong, strict=True)
+        if why not in ("", "?")
+    )
+    return Verified(
+        len(wanted), sum(held.sizes[blob] for held, blob in wanted), sum(why == "?" for why in wrong), damaged
+    )
+
+
+def remove_damaged(layout: CacheLayout, damage: Damage) -> None:
+    """Take damaged content out of its place, so that the next operation brings it anew."""
+    repo = damage.blob.parents[1].name
+    for path in (layout.root / "verified" / repo / damage.blob.name, damage.blob):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
+    """Return what is wrong with a content, an empty text when it is right, ``?`` when nothing is promised."""
+    path = held.repo / "blobs" / blob
+    promised = _promised(held, blob)
+    if promised is None:
+        return "?"
+    hashes = Hashes(promised, held.sizes[blob])
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                hashes.update(chunk)
+                progress(len(chunk))
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return "" if hashes.right else f"expected {promised}, got {hashes.got}"
+
+
+def _promised(held: Held, blob: str) -> Checksum | None:
+    """What a content must be: where its source publishes no checksum, what was noted when it came."""
+    text = blob
+    if held.repo.parent.name != "hub":
+        try:
+            text = (held.repo / "sha256" / blob).read_text()
+        except OSError:
+            return None
+    try:
+        return Checksum(_DIGITS[len(text)], text)  # type: ignore[arg-type]
+    except (KeyError, ValueError):
+        return None
+
+
+def _damage(layout: CacheLayout, held: Held, blob: str, why: str) -> Damage:
+    commits = tuple(commit.name for commit in held.commits if blob in commit.blobs)
+    paths: dict[str, None] = {}
+    for commit in commits:
+        snapshot = held.repo / "snapshots" / commit
+        for path in snapshot.rglob("*"):
+            with contextlib.suppress(OSError):
+                if path.is_symlink() and path.readlink().name == blob:
+                    paths[path.relative_to(snapshot).as_posix()] = None
+    hub = held.repo.parent == layout.hub
+    return Damage(held.name, commits, tuple(paths), held.repo / "blobs" / blob, why, held.name if hub else "")

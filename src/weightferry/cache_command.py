@@ -1,0 +1,241 @@
+"""``weightferry cache``: what an administrator does with a node's cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from weightferry.errors import BadRequest, CollectError
+
+if TYPE_CHECKING:
+    from weightferry.cache.inventory import Held
+    from weightferry.cache.layout import CacheLayout
+    from weightferry.cache.verify import Verified
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+_cache_dir = click.option("--cache-dir", metavar="D", type=click.Path(path_type=Path), help="The cache folder.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def cache() -> None:
+    """Look at the cache of this node, check it, and make room in it."""
+
+
+def _layout(cache_dir: Path | None) -> CacheLayout:
+    from weightferry.cache.layout import CacheLayout
+    from weightferry.settings import Settings
+
+    return CacheLayout(Settings.from_environ(cache_dir=cache_dir).cache_dir)
+
+
+@cache.command()
+@_cache_dir
+def where(cache_dir: Path | None) -> None:
+    """Print the path of the cache folder."""
+    click.echo(_layout(cache_dir).root)
+
+
+@cache.command("ls")
+@_cache_dir
+@_json
+def ls(cache_dir: Path | None, as_json: bool) -> None:
+    """List the sources: size, commits, when they were last staged, and whether they may be evicted."""
+    from weightferry.cache.inventory import inventory
+
+    layout = _layout(cache_dir)
+    rows = [_row(layout, held) for held in inventory(layout)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max((len(row["source"]) for row in rows), default=6)
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["staged"]))
+        state = "pinned" if row["pinned"] else "in use" if row["in_use"] else ""
+        commits = ",".join(commit[:8] for commit in row["commits"][-3:])
+        click.echo(f"{row['source']:{width}}  {amount(row['bytes']):>9}  {when}  {state:6}  {commits}")
+    click.echo(f"{len(rows)} sources, {amount(sum(row['bytes'] for row in rows))} in {layout.root}")
+
+
+def _row(layout: CacheLayout, held: Held) -> dict[str, Any]:
+    from weightferry.cache.inventory import is_kept, is_used
+
+    return {
+        "source": held.name,
+        "bytes": held.size,
+        "files": len(held.sizes),
+        "staged": held.staged,
+        "commits": [commit.name for commit in held.commits],
+        "pinned": is_kept(layout, held),
+        "in_use": is_used(layout, held),
+        "path": str(held.repo),
+    }
+
+
+@cache.command()
+@click.option("--to", metavar="SIZE", required=True, help="Until the cache has at most this: 500GB, 1.5TiB, 0.")
+@_cache_dir
+@_json
+def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
+    """Remove what was staged longest ago; nothing that is pinned, or that a living process uses."""
+    from weightferry.cache.evict import evict as make_room
+    from weightferry.cache.inventory import total
+    from weightferry.settings import byte_count
+
+    layout = _layout(cache_dir)
+    try:
+        wanted = byte_count(to)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--to") from None
+    removed = make_room(layout, wanted)
+    left = total(layout)
+    if as_json:
+        told = [{"source": one.source, "commit": one.commit, "bytes": one.size} for one in removed]
+        click.echo(json.dumps({"removed": told, "bytes_left": left}, indent=2))
+    else:
+        for one in removed:
+            click.echo(f"removed {one.source}@{one.commit[:8]}  {amount(one.size)}")
+        click.echo(f"{amount(left)} left in {layout.root}")
+    if left > wanted:
+        click.echo("weightferry: the rest is pinned, in use, or belongs to somebody else", err=True)
+        sys.exit(1)
+
+
+@cache.command()
+@click.argument("source")
+@_cache_dir
+def rm(source: str, cache_dir: Path | None) -> None:
+    """Remove SOURCE, as `ls` names it, whole."""
+    from weightferry.cache.evict import remove_source
+
+    layout = _layout(cache_dir)
+    size = remove_source(layout, _find(layout, source))
+    if size is None:
+        click.echo(f"weightferry: {source} is pinned, in use, or belongs to somebody else: not removed", err=True)
+        sys.exit(1)
+    click.echo(f"removed {source}  {amount(size)}")
+
+
+@cache.command()
+@click.argument("source")
+@_cache_dir
+def pin(source: str, cache_dir: Path | None) -> None:
+    """Keep SOURCE from being evicted, by anybody, until it is unpinned."""
+    layout = _layout(cache_dir)
+    mark = layout.keep_mark(_find(layout, source).repo.name)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+@cache.command()
+@click.argument("source")
+@_cache_dir
+def unpin(source: str, cache_dir: Path | None) -> None:
+    """Let SOURCE be evicted again."""
+    layout = _layout(cache_dir)
+    try:
+        layout.keep_mark(_find(layout, source).repo.name).unlink(missing_ok=True)
+    except PermissionError:
+        click.echo(f"weightferry: {source} was pinned by somebody else", err=True)
+        sys.exit(1)
+
+
+@cache.command()
+@click.argument("source", default="")
+@click.option("--repair", is_flag=True, help="Bring damaged files anew: from another node of the job, else the origin.")
+@_cache_dir
+@_json
+def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> None:
+    """Read everything, or SOURCE alone, and compare it with its checksums.
+
+    Run it alone, or once a node under srun: one table tells of all nodes. Exits with 1 when anything is damaged and was
+    not repaired.
+    """
+    from weightferry.cache.verify import verify as read_all
+    from weightferry.cluster.agree import Wish, agree
+    from weightferry.cluster.connect import joined
+    from weightferry.cluster.topology import read_topology
+    from weightferry.settings import Settings
+
+    settings = Settings.from_environ(cache_dir=cache_dir)
+    layout, topology = _layout(cache_dir), read_topology()
+    if source:
+        _find(layout, source)
+    try:
+        with joined(settings, topology, "verify") as control:
+            _, agreed = agree(control, lambda: Wish({}), settings)
+            found: dict[int, Verified] = control.round(
+                "verify", lambda: read_all(layout, control.moved, source), dict, agreed.leaders
+            )
+            hosts = {domain.leader: domain.host for domain in agreed.domains}
+            if control.rank == 0:
+                click.echo(_verified_json(found, hosts) if as_json else _verified_text(found, hosts))
+            bad = any(said.damaged for said in found.values())
+            if bad and repair:
+                from weightferry.repair import repair as bring_anew
+
+                left = bring_anew(control, layout, settings, found)
+                if control.rank == 0 and not as_json:
+                    click.echo("repaired" if not left else f"not repaired: {', '.join(left)}; stage them again")
+                bad = bool(left)
+    except CollectError as error:
+        if topology.rank == 0:
+            click.echo(f"weightferry: {type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    sys.exit(1 if bad else 0)
+
+
+def _verified_json(found: dict[int, Verified], hosts: dict[int, str]) -> str:
+    return json.dumps(
+        [
+            {
+                "host": hosts[leader],
+                "files": said.files,
+                "bytes": said.size,
+                "without_checksum": said.unknown,
+                "damaged": [
+                    {"source": one.source, "paths": one.paths, "blob": str(one.blob), "why": one.why}
+                    for one in said.damaged
+                ],
+            }
+            for leader, said in found.items()
+        ],
+        indent=2,
+    )
+
+
+def _verified_text(found: dict[int, Verified], hosts: dict[int, str]) -> str:
+    lines = []
+    for leader, said in found.items():
+        unknown = f", {said.unknown} without a checksum" if said.unknown else ""
+        lines.append(f"{hosts[leader]}: {said.files} files, {amount(said.size)}, {len(said.damaged)} damaged{unknown}")
+        lines += [f"  {one.source}: {', '.join(one.paths) or one.blob.name}: {one.why}" for one in said.damaged]
+    return "\n".join(lines)
+
+
+def _find(layout: CacheLayout, source: str) -> Held:
+    from weightferry.cache.inventory import inventory
+    from weightferry.origins.base import closest
+
+    held = inventory(layout)
+    for one in held:
+        if source in (one.name, one.repo.name):
+            return one
+    error = BadRequest(f"{source} is not in {layout.root}{closest(source, [one.name for one in held])}")
+    click.echo(f"weightferry: {error}", err=True)
+    sys.exit(1)
+
+
+def amount(count: float) -> str:
+    """Bytes for readers."""
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

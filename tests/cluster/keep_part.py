@@ -1,0 +1,27 @@
+"""Leave a node with a part of one file, as if its job had been killed: run on that node.
+
+keep_part.py CACHE SHA256 NUMBER OF
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+
+from weightferry.cache.partial import Partial, Run
+
+
+def main() -> None:
+    cache, sha256, number, of = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    (blob,) = cache.glob(f"hub/*/blobs/{sha256}")
+    content = blob.read_bytes()
+    start, stop = (len(content) * place // of for place in (number, number + 1))
+    partial = Partial(cache / "partial" / blob.parents[1].name / sha256, len(content), sha256)
+    partial.write(start, content[start:stop])
+    partial.note(Run(start, stop, zlib.crc32(content[start:stop])))
+    blob.unlink()
+
+
+if __name__ == "__main__":
+    main()

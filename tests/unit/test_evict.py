@@ -1,0 +1,254 @@
+"""Room is made with what was staged longest ago, never with what anybody uses; and the commands around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from weightferry.cache import pins, space
+from weightferry.cache.evict import evict, remove_source
+from weightferry.cache.inventory import inventory, total
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.pins import alone, use
+from weightferry.cache.space import check_space, make_room
+from weightferry.cli import main
+from weightferry.errors import NoSpace
+from weightferry.manifest import File, Pinned
+from weightferry.settings import Settings, byte_count
+from weightferry.sources import Source
+
+KB = 1000
+
+
+class Cache:
+    """A cache filled by hand, as staging leaves it."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = CacheLayout(root)
+        self.clock = 1_000_000
+
+    def stage(self, name: str, commit: str, **files: bytes) -> Path:
+        """Let a commit look as staged, later than those before."""
+        repo = self.layout.hub / f"models--{name.replace('/', '--')}"
+        for path, content in files.items():
+            digest = hashlib.sha256(content).hexdigest()
+            (repo / "blobs").mkdir(parents=True, exist_ok=True)
+            (repo / "blobs" / digest).write_bytes(content)
+            link = repo / "snapshots" / commit / path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(f"../../blobs/{digest}")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs/main").write_text(commit)
+        note = self.layout.used_note(repo.name, commit)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+        self.clock += 10
+        os.utime(note, (self.clock, self.clock))
+        return repo
+
+    def names(self) -> list[str]:
+        return [f"{held.name}@{commit.name}" for held in inventory(self.layout) for commit in held.commits]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    yield Cache(tmp_path / "cache")
+    pins.forget()
+
+
+@pytest.fixture
+def three(cache: Cache) -> Cache:
+    for name in "abc":
+        cache.stage(f"org/{name}", "1", w=name.encode() * KB)
+    return cache
+
+
+def test_what_was_staged_longest_ago_goes_first(three: Cache) -> None:
+    three.stage("org/a", "1", w=b"a" * KB)  # again, and so the latest
+    removed = evict(three.layout, 2 * KB)
+    assert [(one.source, one.commit, one.size) for one in removed] == [("org/b", "1", KB)]
+    assert three.names() == ["org/a@1", "org/c@1"]
+    assert evict(three.layout, 2 * KB) == []
+
+
+def test_content_that_another_commit_shows_stays(cache: Cache) -> None:
+    cache.stage("org/a", "1", same=b"s" * KB, old=b"o" * KB)
+    repo = cache.stage("org/a", "2", same=b"s" * KB, new=b"n" * KB)
+    assert [one.size for one in evict(cache.layout, 2 * KB)] == [KB]
+    assert cache.names() == ["org/a@2"]
+    assert (repo / "snapshots/2/same").read_bytes() == b"s" * KB
+    assert (repo / "refs/main").read_text() == "2"
+    evict(cache.layout, 0)
+    assert not repo.exists()
+
+
+def test_what_this_process_uses_stays(three: Cache) -> None:
+    use(three.layout.used_lock("models--org--a"), lambda: None)
+    assert [one.source for one in evict(three.layout, 0)] == ["org/b", "org/c"]
+    assert three.names() == ["org/a@1"]
+    pins.forget()
+    evict(three.layout, 0)
+    assert three.names() == []
+
+
+def test_a_pin_dies_with_its_process(three: Cache) -> None:
+    lock = three.layout.used_lock("models--org--b")
+    code = (
+        "import time; from pathlib import Path; from weightferry.cache.pins import use\n"
+        f"use(Path({str(lock)!r}), lambda: None); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert [one.source for one in evict(three.layout, 0)] == ["org/a", "org/c"]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert [one.source for one in evict(three.layout, 0)] == ["org/b"]
+
+
+def test_who_wants_a_source_waits_while_it_is_removed(three: Cache) -> None:
+    lock = three.layout.used_lock("models--org--a")
+    looks = []
+
+    def look() -> None:
+        looks.append(time.monotonic())
+        if len(looks) == 3:
+            stack.__exit__(None, None, None)
+
+    stack = alone(lock)
+    assert stack.__enter__()
+    use(lock, look)
+    assert len(looks) == 3
+    assert remove_source(three.layout, inventory(three.layout)[0]) is None
+
+
+def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:
+    (three.layout.hub / "models--org--a").rename(three.layout.hub / ".trash-1")
+    assert three.names() == ["org/b@1", "org/c@1"]
+    evict(three.layout, 10 * KB)
+    assert not list(three.layout.hub.glob(".trash*"))
+
+
+class TestRoom:
+    @pytest.fixture
+    def wanted(self) -> list[tuple[Pinned, File]]:
+        file = File("w.bin", 2 * KB)
+        return [(Pinned(Source("hf", "org/new"), "1" * 40, (file,)), file)]
+
+    def test_the_cache_stays_below_its_limit(self, three: Cache, wanted: Any) -> None:
+        make_room(three.layout, wanted, Settings(max_size=4 * KB))
+        assert three.names() == ["org/b@1", "org/c@1"]
+
+    def test_nothing_is_evicted_without_a_limit(self, three: Cache, wanted: Any) -> None:
+        make_room(three.layout, wanted, Settings())
+        assert total(three.layout) == 3 * KB
+
+    def test_what_is_in_use_is_no_room(self, three: Cache, wanted: Any) -> None:
+        for name in "abc":
+            use(three.layout.used_lock(f"models--org--{name}"), lambda: None)
+        with pytest.raises(NoSpace, match="max_size"):
+            make_room(three.layout, wanted, Settings(max_size=4 * KB))
+        assert total(three.layout) == 3 * KB
+
+    def test_what_must_stay_free(self, three: Cache, wanted: Any) -> None:
+        free = os.statvfs(three.layout.root).f_bavail * os.statvfs(three.layout.root).f_frsize
+        with pytest.raises(NoSpace, match=r"min_free.*missing"):
+            check_space(three.layout, wanted, free)
+
+    def test_a_disk_that_is_short_of_room_evicts_where_it_may(
+        self, three: Cache, wanted: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def disk(_: object) -> Any:
+            free = 10 * KB - total(three.layout)
+            return os.statvfs_result((1, 1, free, free, free, 1000, 1000, 1000, 0, 255))
+
+        monkeypatch.setattr(space.os, "statvfs", disk)  # type: ignore[attr-defined]
+        make_room(three.layout, [(wanted[0][0], File("w.bin", 4096))], Settings(max_size=1000 * KB, min_free=4 * KB))
+        assert three.names() == ["org/c@1"]
+
+    def test_inodes_count(self, three: Cache, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        full = os.statvfs_result((4096, 4096, 10**9, 10**9, 10**9, 1000, 3, 3, 0, 255))
+        monkeypatch.setattr(space.os, "statvfs", lambda _: full)  # type: ignore[attr-defined]
+        with pytest.raises(NoSpace, match="inodes, 3 are free"):
+            check_space(three.layout, wanted, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("1000", 1000), ("50GB", 50e9), ("1.5TiB", 1.5 * 2**40), ("3 MB", 3e6), ("2k", 2000)]
+)
+def test_sizes(text: str, count: float) -> None:
+    assert byte_count(text) == count
+    assert Settings.from_environ({"WEIGHTFERRY_MAX_SIZE": text}).max_size == count
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1XB", "GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        byte_count(text)
+
+
+class TestCommand:
+    def run(self, cache: Cache, *arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["cache", *arguments, "--cache-dir", str(cache.layout.root)])
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return done.exit_code, done.output
+
+    def test_where_and_ls(self, three: Cache) -> None:
+        assert self.run(three, "where") == (0, f"{three.layout.root}\n")
+        use(three.layout.used_lock("models--org--b"), lambda: None)
+        self.run(three, "pin", "org/a")
+        said = self.run(three, "ls", "--json")[1]
+        rows = json.loads(said)
+        assert [(row["source"], row["bytes"], row["pinned"], row["in_use"]) for row in rows] == [
+            ("org/a", KB, True, False),
+            ("org/b", KB, False, True),
+            ("org/c", KB, False, False),
+        ]
+        assert "3 sources, 3.0 kB" in self.run(three, "ls")[1]
+
+    def test_a_cache_that_is_not_there(self, cache: Cache) -> None:
+        assert self.run(cache, "ls", "--json") == (0, "[]\n")
+        assert self.run(cache, "evict", "--to", "0")[0] == 0
+
+    def test_pinned_sources_stay(self, three: Cache) -> None:
+        self.run(three, "pin", "org/a")
+        assert self.run(three, "evict", "--to", "0")[0] == 1
+        assert three.names() == ["org/a@1"]
+        assert self.run(three, "rm", "org/a")[0] == 1
+        self.run(three, "unpin", "org/a")
+        assert self.run(three, "rm", "org/a") == (0, "removed org/a  1.0 kB\n")
+
+    def test_a_name_that_is_not_there(self, three: Cache) -> None:
+        code, said = self.run(three, "rm", "org/aa")
+        assert code == 1
+        assert "closest there: org/a" in said
+
+    def test_verify(self, three: Cache) -> None:
+        assert self.run(three, "verify")[0] == 0
+        (blob,) = (three.layout.hub / "models--org--b/blobs").iterdir()
+        blob.write_bytes(b"x" * KB)
+        code, said = self.run(three, "verify", "--json")
+        assert code == 1
+        (node,) = json.loads(said)
+        assert (node["files"], node["bytes"]) == (3, 3 * KB)
+        assert [(one["source"], one["paths"]) for one in node["damaged"]] == [("org/b", ["w"])]
+        assert self.run(three, "verify", "org/a")[0] == 0
+
+    def test_a_thousand_models(self, cache: Cache) -> None:
+        for number in range(1000):
+            cache.stage(f"org/m{number}", "1", w=str(number).encode(), config=b"{}")
+        code, said = self.run(cache, "ls")
+        assert code == 0
+        assert "1000 sources" in said
