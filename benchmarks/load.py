@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,35 @@ def together(path: Path, size: int, ranks: int) -> list[dict[str, float]]:
     return told
 
 
+def _gpu(size: int) -> list[dict[str, Any]]:
+    """From the mapped file to the first GPU, beside a copy from pinned memory, and ``copy_`` from the mapping."""
+    from weightferry.loading.objects import load_object
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), size)["weightferry, safetensors"]
+        module = empty(size).to("cuda:0")
+        state = safetensors.torch.load_file(path)
+        pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty(64 << 20, dtype=torch.uint8, device="cuda:0")
+        ways = {
+            "pinned copy (limit)": lambda: [target.copy_(pinned, non_blocking=True) for _ in range(size >> 26)],
+            "weightferry": lambda: load_object("model", module, path),
+            "copy_ from the mapping": lambda: module.load_state_dict(state),
+        }
+        for way, run in ways.items():
+            seconds = []
+            for _ in range(4):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+            rows.append({"way": f"GPU, {way}", "seconds": min(seconds)})
+            print(f"GPU, {way:24} {size / 1e9 / min(seconds):6.2f} GB/s")  # noqa: T201
+    return rows
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,6 +276,10 @@ def main() -> None:
         most = max(rank["anonymous"] for rank in four) / size
         print(f"{given.ranks} ranks: the file is {shares:.2f} x in memory (PSS), {most:.2%} more on a rank")  # noqa: T201
         rows.append({"way": f"{given.ranks} ranks", "pss": shares, "anonymous": most})
+    if torch.cuda.is_available():
+        rows += _gpu(size)
+    else:
+        print("GPU: there is no CUDA device here: skipped")  # noqa: T201
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 

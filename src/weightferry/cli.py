@@ -50,6 +50,7 @@ def main(verbose: int) -> None:
 @click.option("--to", metavar="DIR", type=_Named(path_type=Path), help="Link the files here under their own paths.")
 @click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
+@click.option("--lockfile", metavar="FILE", type=_Named(path_type=Path), help="Resolve from it; see prefetch.")
 @click.option("--report", metavar="FILE", type=_Named(path_type=Path, dir_okay=False), help="Write a JSON report.")
 def stage(
     source: str,
@@ -58,6 +59,7 @@ def stage(
     to: Path | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    lockfile: Path | None,
     report: Path | None,
 ) -> None:
     """Bring SOURCE onto every node of the job.
@@ -85,9 +87,57 @@ def stage(
         settings = Settings.from_environ(cache_dir=cache_dir)
         topology = read_topology()
         with joined(settings, topology, "stage") as control, _told(topology.rank):
-            collected = collect(wish, control, settings)
+            collected = collect(wish, control, settings, lockfile=lockfile and lockfile.expanduser().absolute())
             if topology.rank == 0:
                 _conclude(collected.report, collected.paths[""], report)
+    except CollectError as error:
+        _tell(error, rank=0)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--lockfile", metavar="FILE", required=True, type=_Named(path_type=Path), help="Write it.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit, for the Hub.")
+@click.option("--cache-dir", metavar="D", type=_Named(path_type=Path), help="The cache folder of this node.")
+@click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
+def prefetch(
+    sources: tuple[str, ...],
+    lockfile: Path,
+    revision: str | None,
+    cache_dir: Path | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> None:
+    """Stage SOURCE... where there is a network, and write down exactly what that was.
+
+    With the lock file, `stage --lockfile` and `Pretrainer(lockfile=...)` ask no origin what there is: the same commits
+    and checksums everywhere, also without a network when the files are in a cache.
+    """
+    from weightferry.cache.links import write_whole
+    from weightferry.cluster.agree import Wish
+    from weightferry.cluster.connect import joined
+    from weightferry.cluster.topology import read_topology
+    from weightferry.origins.locked import Lockfile
+    from weightferry.report.text import summary
+    from weightferry.settings import Settings
+    from weightferry.sources import Ask
+    from weightferry.staging import collect
+
+    def wish() -> Wish:
+        return Wish({one: Ask.of(one, revision=revision, allow=include, ignore=exclude) for one in sources})
+
+    try:
+        settings, topology = Settings.from_environ(cache_dir=cache_dir), read_topology()
+        with joined(settings, topology, "prefetch") as control, _told(topology.rank):
+            collected = collect(wish, control, settings)
+            if topology.rank == 0:
+                try:
+                    write_whole(lockfile.expanduser().absolute(), Lockfile.text(collected.manifest))
+                except OSError as error:
+                    raise CollectError(f"staged, but the lock file could not be written: {error}") from error
+                click.echo(summary(collected.report, settings.cache_dir))
     except CollectError as error:
         _tell(error, rank=0)
         sys.exit(1)
@@ -116,7 +166,7 @@ def _told(rank: int) -> Iterator[None]:
 
 def _tell(error: CollectError, rank: int) -> None:
     """Say all on rank 0, one short line elsewhere."""
-    text = str(error).removeprefix("stage failed in ")
+    text = str(error).removeprefix("stage failed in ").removeprefix("prefetch failed in ")
     if rank == 0:
         click.echo(f"weightferry: {type(error).__name__}: {text}", err=True)
     else:

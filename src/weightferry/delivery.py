@@ -41,8 +41,21 @@ class Delivered:
     brought: Brought = field(default_factory=Brought)
 
 
-def deliver(control: Control, manifest: Manifest, agreed: Agreed, layout: CacheLayout, settings: Settings) -> Delivered:
+def deliver(
+    control: Control,
+    manifest: Manifest,
+    agreed: Agreed,
+    layout: CacheLayout,
+    settings: Settings,
+    *,
+    sure: bool = True,
+) -> Delivered:
     """Bring to every domain what it lacks; every rank calls it.
+
+    Parameters
+    ----------
+    sure
+        The origins were reached just now. Otherwise each leader asks before anything starts, also one alone.
 
     Raises
     ------
@@ -50,7 +63,7 @@ def deliver(control: Control, manifest: Manifest, agreed: Agreed, layout: CacheL
         The same on every rank.
     """
     surveyor = Surveyor(layout, manifest, Locks(settings.lock_timeout, control.check))
-    delivery = _Delivery(control, manifest, agreed, surveyor, settings)
+    delivery = _Delivery(control, manifest, agreed, surveyor, settings, sure=sure)
     with contextlib.ExitStack() as over:
         over.callback(surveyor.release)
         if control.rank == 0:
@@ -70,11 +83,19 @@ class _Delivery:
     """The rounds of a delivery, as one rank takes part in them."""
 
     def __init__(
-        self, control: Control, manifest: Manifest, agreed: Agreed, surveyor: Surveyor, settings: Settings
+        self,
+        control: Control,
+        manifest: Manifest,
+        agreed: Agreed,
+        surveyor: Surveyor,
+        settings: Settings,
+        *,
+        sure: bool,
     ) -> None:
         self._control, self._manifest, self._surveyor, self._settings = control, manifest, surveyor, settings
         self._leaders, self._role = agreed.leaders, agreed.role(control.rank)
         self.hosts = {domain.leader: domain.host for domain in agreed.domains}
+        self._asks = not sure or len(self._leaders) > 1
         self.mine = Delivered()
         self._whole: Mapping[int, str] = {}
 
@@ -109,7 +130,7 @@ class _Delivery:
         if not seen.busy:  # else another job takes the space, and brings them
             lacking = [self._surveyor.files[index] for index in self._lacking()]
             make_room(self._surveyor.layout, lacking, self._settings)
-        cannot = unreachable(self._manifest, missing, self._settings) if len(self._leaders) > 1 else {}
+        cannot = unreachable(self._manifest, missing, self._settings) if self._asks else {}
         # The others need the SHA-256 only where the manifest promises nothing.
         whole = {i: "" if self._surveyor.files[i][1].checksum else text for i, text in seen.whole.items()}
         return replace(seen, whole=whole, unreachable=cannot)

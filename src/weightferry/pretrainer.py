@@ -58,6 +58,8 @@ class Pretrainer:
         The cache folder of this rank.
     options : mapping of str to LoadOptions
         By name, how it is loaded: strictness, other names, what its pickle may use.
+    lockfile : str or Path, optional
+        As ``weightferry prefetch`` wrote it: `collect_files` resolves from it and asks no origin what there is.
     settings : Settings, optional
         All limits; default: from the environment. `cache_dir` wins over the one in it.
     """
@@ -71,6 +73,7 @@ class Pretrainer:
         conditions: Mapping[str, bool | Callable[[], bool]] | None = None,
         *,
         options: Mapping[str, LoadOptions] | None = None,
+        lockfile: str | Path | None = None,
         cache_dir: str | Path | None = None,
         settings: Settings | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class Pretrainer:
         self.add_options(options or {})
         self.report: RunReport | None = None
         self._settings, self._cache_dir = settings, cache_dir
+        self._lockfile = None if lockfile is None else Path(lockfile).expanduser().absolute()
         self._collected: dict[str, Path] = {}
         self._alone = False
         self._group: ProcessGroup | None = None
@@ -182,7 +186,7 @@ class Pretrainer:
         self._alone, self._group = not internal_ddp_handling, group
         settings = self._limits()
         with operation(settings, "collect", group=group, alone=self._alone) as control:
-            collected = collect(lambda: self._wish(default_source), control, settings)
+            collected = collect(lambda: self._wish(default_source), control, settings, lockfile=self._lockfile)
         self._collected = dict(collected.paths)
         self.report = collected.report
         return dict(self._collected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import use
 from weightferry.cache.publish import note_staged, show
+from weightferry.cache.survey import is_whole
+from weightferry.cache.trust import prepare
 from weightferry.cache.verified import survives_only_here
 from weightferry.cluster.agree import Agreed, Wish, agree
 from weightferry.cluster.connect import operation
@@ -19,7 +22,8 @@ from weightferry.cluster.control import Control
 from weightferry.delivery import deliver
 from weightferry.errors import BadRequest, OriginUnreachable, at
 from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
-from weightferry.manifest import Manifest
+from weightferry.manifest import File, Manifest, Pinned
+from weightferry.origins.locked import Lockfile
 from weightferry.origins.resolve import Resolved, resolve
 from weightferry.report.run import RunReport
 from weightferry.settings import Settings
@@ -40,10 +44,13 @@ class Collected:
         By name, the local file or folder.
     report : RunReport
         The same on every rank.
+    manifest : Manifest
+        All that was wanted, pinned; the same on every rank.
     """
 
     paths: Mapping[str, Path]
     report: RunReport
+    manifest: Manifest
 
 
 def stage(
@@ -55,6 +62,7 @@ def stage(
     cache_dir: str | Path | None = None,
     to: str | Path | None = None,
     group: ProcessGroup | None = None,
+    lockfile: str | Path | None = None,
 ) -> Path:
     """Bring a whole source onto every node; collective: every rank calls it.
 
@@ -73,6 +81,9 @@ def stage(
         A folder in which links show the files under their own paths.
     group
         The ranks that take part; None: all of the default process group.
+    lockfile
+        As ``weightferry prefetch`` wrote it: what it pins is not asked for again, and what is neither in a cache nor
+        can be read fails at once.
 
     Returns
     -------
@@ -92,7 +103,7 @@ def stage(
         return Wish({"": ask}, into=_absolute(to))
 
     with operation(settings, "stage", group=group) as control:
-        return collect(wish, control, settings).paths[""]
+        return collect(wish, control, settings, lockfile=_absolute(lockfile)).paths[""]
 
 
 def _absolute(path: str | Path | None) -> Path | None:
@@ -101,7 +112,9 @@ def _absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> Collected:
+def collect(
+    wish: Callable[[], Wish], control: Control, settings: Settings, *, lockfile: Path | None = None
+) -> Collected:
     """Run one operation from agree to link.
 
     Parameters
@@ -112,6 +125,8 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
         Connects the ranks.
     settings
         Limits, and this rank's cache folder.
+    lockfile
+        Resolve from this file, on rank 0, and ask no origin.
 
     Raises
     ------
@@ -121,10 +136,19 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
     began = time.monotonic()
     layout = CacheLayout(settings.cache_dir)
 
-    mine, agreed = agree(control, lambda: _outside_cache(wish(), layout), settings)
-    resolved = _resolve(control, agreed, settings)
+    def checked() -> Wish:
+        # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
+        with contextlib.suppress(OSError):
+            prepare(layout.root)
+        return _outside_cache(wish(), layout)
+
+    mine, agreed = agree(control, checked, settings)
+    if lockfile is None:
+        resolved = _resolve(control, agreed, settings)
+    else:
+        resolved = control.once("resolve", lambda: _unlock(lockfile, agreed, layout, settings, control))
     manifest, leaders = resolved.manifest, agreed.leaders
-    delivered = deliver(control, manifest, agreed, layout, settings)
+    delivered = deliver(control, manifest, agreed, layout, settings, sure=lockfile is None)
     linking = time.monotonic()
     shown = Shown.of(mine, resolved, layout)
 
@@ -156,7 +180,17 @@ def collect(wish: Callable[[], Wish], control: Control, settings: Settings) -> C
     report = control.round(
         "link", read_back, lambda parts: summarise(control.operation, agreed, manifest, parts, time.monotonic() - began)
     )
-    return Collected(shown.paths, report)
+    return Collected(shown.paths, report, manifest)
+
+
+def _unlock(path: Path, agreed: Agreed, layout: CacheLayout, settings: Settings, control: Control) -> Resolved:
+    """Resolve from a lock file; what must be read for it comes from the cache if it is there."""
+
+    def held(pinned: Pinned, file: File) -> bytes | None:
+        # Its checksum is compared where it is staged.
+        return layout.blob(pinned, file).read_bytes() if is_whole(layout, pinned, file) else None
+
+    return resolve(agreed.asks, settings, control, Lockfile.load(path).origins(held))
 
 
 def _resolve(control: Control, agreed: Agreed, settings: Settings) -> Resolved:

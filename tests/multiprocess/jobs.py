@@ -80,6 +80,12 @@ def collect(
     return {name: (path, _sha256(path)) for name, path in found.items()}
 
 
+def collect_locked(paths: Mapping[str, Any], lockfile: str) -> dict[str, str]:
+    """Collect from a lock file; by name, the SHA-256."""
+    pretrainer = weightferry.Pretrainer(None, dict.fromkeys(paths), paths, lockfile=lockfile)
+    return {name: _sha256(path) for name, path in pretrainer.collect_files().items()}
+
+
 def load(
     paths: Mapping[str, Any],
     make: Callable[[], Mapping[str, Any]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -200,6 +201,16 @@ def test_what_is_no_size(text: str) -> None:
 
 
 class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _quiet(self) -> Iterator[None]:
+        """Leave the logging of this process as it was: the command sets it up for itself."""
+        loggers = [logging.getLogger(name) for name in ("weightferry", "weightferry.report.progress")]
+        before = [(logger.level, logger.handlers[:]) for logger in loggers]
+        yield
+        for logger, (level, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+
     def run(self, cache: Cache, *arguments: str) -> tuple[int, str]:
         done = CliRunner().invoke(main, ["cache", *arguments, "--cache-dir", str(cache.layout.root)])
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception

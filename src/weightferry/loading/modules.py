@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from weightferry.loading.keys import align
 from weightferry.loading.parts import is_split, own_part
+from weightferry.loading.placement import CudaGate, may_be_placed, place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,17 +105,29 @@ def copy_into(fitted: Fit, *, strict: bool, device: str | None = None) -> tuple[
         Missing and unexpected keys, as the module itself counts them. Classes may override `load_state_dict` with one
         that takes the state alone, or that returns nothing; then both are empty.
     """
-    _give_memory(fitted, device or "cpu")
-    for key, tensor in fitted.wanted.items():
+    wanted = _own_state(fitted.module) if _give_memory(fitted, device or "cpu") else fitted.wanted
+    for key, tensor in wanted.items():
         if is_split(tensor) and key in fitted.given:
             fitted.given[key] = own_part(fitted.given[key], tensor)
+    _place(fitted, wanted)
     load: Any = fitted.module.load_state_dict
     result = load(fitted.given, strict=strict) if _takes_strict(load) else load(fitted.given)
     return ([], []) if result is None else (list(result.missing_keys), list(result.unexpected_keys))
 
 
-def _give_memory(fitted: Fit, device: str) -> None:
-    """Put tensors with memory in place of those on the meta device that the file has values for."""
+def _place(fitted: Fit, wanted: Mapping[str, Any]) -> None:
+    """Bring what goes to a GPU as it is there; the module then copies each of these tensors onto itself."""
+    by_device: dict[torch.device, list[str]] = {}
+    for key in fitted.certain([key for key in fitted.given if key in wanted]):
+        if may_be_placed(fitted.given[key], wanted[key]):
+            by_device.setdefault(wanted[key].device, []).append(key)
+    for device, keys in by_device.items():
+        place(((fitted.given[key], wanted[key]) for key in keys), CudaGate(device))
+        fitted.given.update((key, wanted[key].detach()) for key in keys)
+
+
+def _give_memory(fitted: Fit, device: str) -> bool:
+    """Put tensors with memory in place of those on the meta device that the file has values for; tell if any was."""
     made: dict[int, torch.Tensor] = {}
     values = {id(tensor) for key, tensor in fitted.wanted.items() if key in fitted.given}
     for module in fitted.module.modules():
@@ -123,6 +136,7 @@ def _give_memory(fitted: Fit, device: str) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta and id(tensor) in values:
                     tensors[name] = made.setdefault(id(tensor), _with_memory(tensor, device))
+    return bool(made)
 
 
 def _with_memory(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ it on as it comes. So a piece that some domain holds never leaves the origin aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightferry.cache.extents import Extents
@@ -126,6 +126,10 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
         leader: frozenset(n for n, piece in enumerate(pieces) if not _holds(held, piece))
         for leader, held in surveys.items()
     }
+    wanted_of_nobody = [
+        piece.files for n, piece in enumerate(pieces) if all(n in missing for missing in lacks.values())
+    ]
+    _check_readable(manifest, surveys, [index for indices in wanted_of_nobody for index in indices])
     reads: dict[int, list[int]] = {leader: [] for leader in surveys}
     load = dict.fromkeys(surveys, 0)
     for number, piece in enumerate(pieces):
@@ -136,11 +140,23 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
     return Plan(pieces, lacks, {leader: tuple(numbers) for leader, numbers in reads.items()})
 
 
+def _check_readable(manifest: Manifest, surveys: Mapping[int, Survey], indices: Sequence[int]) -> None:
+    """Raise when nobody can read files that nobody has: why the first leader cannot, and which files these are."""
+    files = list(manifest.staged())
+    lost = [
+        index
+        for index in dict.fromkeys(indices)
+        if all(manifest.source_of(index) in held.unreachable for held in surveys.values())
+    ]
+    if lost:
+        why = next(iter(surveys.values())).unreachable[manifest.source_of(lost[0])]
+        names = [f"{files[index][0].name}/{files[index][1].path}" for index in lost]
+        raise type(why)(f"{why}; no node has {len(names)} files: {', '.join(names)}", subject=why.subject)
+
+
 def _reader(piece: Piece, source: int, surveys: Mapping[int, Survey], load: Mapping[int, int]) -> int:
     """Choose among those that reach the source: who has most of it already, then who has least to read."""
     able = [leader for leader, held in surveys.items() if source not in held.unreachable]
-    if not able:
-        raise next(iter(surveys.values())).unreachable[source]
     return min(able, key=lambda leader: (-_held(surveys[leader], piece), load[leader]))
 
 

@@ -1,0 +1,109 @@
+"""Cache folders that somebody else may have planted are refused; those that an administrator made are not."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from weightferry.cache.trust import prepare
+from weightferry.errors import BadRequest
+
+NOBODY = pwd.getpwnam("nobody")
+OTHER = 4242
+
+
+def as_user(work: Callable[[], object], *, groups: tuple[int, ...] = ()) -> str:
+    """Run something as the user nobody, in a fork; what it raises, as text."""
+    need(os.geteuid() == 0, "to be two users needs the right to become them: run this test as root")
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            os.setgroups(groups)
+            os.setgid(NOBODY.pw_gid)
+            os.setuid(NOBODY.pw_uid)
+            work()
+        except BaseException as error:  # noqa: BLE001 -- told
+            said = f"{type(error).__name__}: {error}"
+        os.write(into, said.encode())
+        os._exit(0)
+    os.close(into)
+    os.waitpid(child, 0)
+    with os.fdopen(out) as said_there:
+        return said_there.read()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that every user may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def check(root: Path, *, groups: tuple[int, ...] = ()) -> str:
+    return as_user(lambda: prepare(root), groups=groups)
+
+
+def test_a_new_cache_is_its_users_alone(tmp_path: Path) -> None:
+    prepare(tmp_path / "a/cache")
+    assert (tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
+    prepare(tmp_path / "a/cache")
+
+
+def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(BadRequest, match="anybody may write"):
+        prepare(tmp_path)
+    tmp_path.chmod(0o1777)
+    prepare(tmp_path)
+
+
+def test_a_foreign_folder(place: Path) -> None:
+    root = place / "cache"
+    root.mkdir()
+    os.chown(root, OTHER, OTHER)
+    assert f"belongs to user {OTHER}" in check(root)
+    os.chown(root, 0, 0)
+    assert check(root) == "", "what root made is meant for all"
+    os.chown(root, NOBODY.pw_uid, OTHER)
+    assert check(root) == ""
+
+
+def test_a_folder_of_a_group(place: Path) -> None:
+    root = place / "cache"
+    root.mkdir()
+    root.chmod(0o2770)
+    os.chown(root, OTHER, OTHER)
+    assert "belongs to user" in check(root)
+    assert check(root, groups=(OTHER,)) == ""
+
+
+def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
+    (place / "elsewhere").mkdir()
+    os.chown(place / "elsewhere", NOBODY.pw_uid, NOBODY.pw_gid)
+    common = place / "common"
+    common.mkdir()
+    common.chmod(0o1777)
+    link = common / "cache"
+    link.symlink_to(place / "elsewhere")
+    os.lchown(link, OTHER, OTHER)
+    assert f"user {OTHER} put into a folder" in check(link)
+    assert "put into a folder" in check(link / "below")
+    os.lchown(link, NOBODY.pw_uid, NOBODY.pw_gid)
+    assert check(link) == ""
+
+
+def test_private_stays_private(place: Path) -> None:
+    """What root staged for itself, nobody else reads."""
+    root = place / "cache"
+    prepare(root)
+    (root / "blob").write_bytes(b"secret")
+    assert "PermissionError" in as_user((root / "blob").read_bytes)
