@@ -95,6 +95,7 @@ class _Delivery:
         self._control, self._manifest, self._surveyor, self._settings = control, manifest, surveyor, settings
         self._leaders, self._role = agreed.leaders, agreed.role(control.rank)
         self.hosts = {domain.leader: domain.host for domain in agreed.domains}
+        self._who = {leader: f"rank {control.names[leader]} ({host})" for leader, host in self.hosts.items()}
         self._asks = not sure or len(self._leaders) > 1
         self.mine = Delivered()
         self._whole: Mapping[int, str] = {}
@@ -142,7 +143,7 @@ class _Delivery:
         """Whether every domain has every file, and the same bytes; every rank concludes the same from the same."""
         whole = all(len(survey.whole) == len(self._surveyor.files) for survey in surveys.values())
         nothing = dict.fromkeys(surveys, Brought())
-        return whole and not judge(self._manifest, surveys, nothing, self.hosts, final=False)
+        return whole and not judge(self._manifest, surveys, nothing, self._who, final=False)
 
     def transfer(self, surveys: Mapping[int, Survey], attempt: int) -> tuple[int, ...]:
         """Bring what is missing; return the files that came wrong, and are to be brought once more."""
@@ -154,7 +155,7 @@ class _Delivery:
             return brought
 
         def verdict(brought: Mapping[int, Brought]) -> tuple[int, ...]:
-            return judge(self._manifest, surveys, brought, self.hosts, final=attempt == _ATTEMPTS)
+            return judge(self._manifest, surveys, brought, self._who, final=attempt == _ATTEMPTS)
 
         return self._control.round("transfer", work, verdict, self._leaders, self._role)
 

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +159,9 @@ def collect(
 
         return first_blocks(layout, manifest) if control.rank in leaders else None
 
-    compare = partial(agree_on_blocks, manifest)
+    def compare(said: Mapping[int, tuple[int, ...] | None]) -> tuple[int, ...]:
+        return agree_on_blocks(manifest, {control.names[rank]: blocks for rank, blocks in said.items()})
+
     blocks = control.round("link", link, compare, {*leaders, *agreed.links}, agreed.role(control.rank))
     sight = Sight(blocks, settings.visibility_timeout if agreed.lag else 0.0, control.check)
 

@@ -236,11 +236,11 @@ class TestOriginsOfOtherKinds:
 
 
 class TestJudge:
-    HOSTS = MappingProxyType({0: "h0", 2: "h2"})
+    WHO = MappingProxyType({0: "rank 0 (h0)", 2: "rank 2 (h2)"})
 
     def judge(self, surveys, brought, *, publishes=None, final=True) -> tuple[int, ...]:
         manifest = manifest_of(FakeOrigin({"m.bin": b"x"}, publishes=publishes))
-        return judge(manifest, surveys, brought, self.HOSTS, final=final)
+        return judge(manifest, surveys, brought, self.WHO, final=final)
 
     def test_different_bytes_where_nothing_was_promised(self) -> None:
         surveys = {0: Survey(), 2: Survey()}

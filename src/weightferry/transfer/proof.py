@@ -15,11 +15,16 @@ def judge(
     manifest: Manifest,
     surveys: Mapping[int, Survey],
     brought: Mapping[int, Brought],
-    hosts: Mapping[int, str],
+    who: Mapping[int, str],
     *,
     final: bool,
 ) -> tuple[int, ...]:
     """Compare what the domains have with what was promised, or with each other where nothing was.
+
+    Parameters
+    ----------
+    who
+        By leader, how errors name it.
 
     Returns
     -------
@@ -36,9 +41,9 @@ def judge(
         wrong = {leader: done.wrong[index] for leader, done in brought.items() if index in done.wrong}
         text = ""
         if wrong:
-            text = _wrong_text(str(file.checksum), wrong, hosts)
+            text = _wrong_text(str(file.checksum), wrong, who)
         elif not file.checksum:
-            text = _differ_text(_digests(index, surveys, brought), hosts)
+            text = _differ_text(_digests(index, surveys, brought), who)
         if text and final:
             raise IntegrityError(text, subject=f"{pinned.name}/{file.path}")
         if text:
@@ -56,18 +61,18 @@ def _digests(index: int, surveys: Mapping[int, Survey], brought: Mapping[int, Br
     return seen
 
 
-def _differ_text(seen: Mapping[str, int], hosts: Mapping[int, str]) -> str:
+def _differ_text(seen: Mapping[str, int], who: Mapping[int, str]) -> str:
     if len(seen) < 2:
         return ""
-    told = ", ".join(f"rank {leader} ({hosts[leader]}) sha256 {digest}" for digest, leader in seen.items())
+    told = ", ".join(f"{who[leader]} sha256 {digest}" for digest, leader in seen.items())
     return f"the nodes got different bytes, twice: {told}"
 
 
-def _wrong_text(expected: str, wrong: Mapping[int, Wrong], hosts: Mapping[int, str]) -> str:
+def _wrong_text(expected: str, wrong: Mapping[int, Wrong], who: Mapping[int, str]) -> str:
     first = next(iter(wrong.values()))
-    if len(wrong) == len(hosts) and all(other.parts == first.parts for other in wrong.values()):
+    if len(wrong) == len(who) and all(other.parts == first.parts for other in wrong.values()):
         return f"the origin sends other bytes than it promises, twice: expected {expected}, got {first.got}"
-    told = [f"rank {leader} ({hosts[leader]}) has {got.got}{_where(got, wrong)}" for leader, got in wrong.items()]
+    told = [f"{who[leader]} has {got.got}{_where(got, wrong)}" for leader, got in wrong.items()]
     return f"wrong bytes, twice: expected {expected}; {'; '.join(told)}"
 
 

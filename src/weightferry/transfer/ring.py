@@ -53,6 +53,7 @@ class Neighbour:
     Attributes
     ----------
     rank : int
+        In the job.
     host : str
     """
 
@@ -268,7 +269,8 @@ def join(
         other = left if right == me else right
         store = met.enter_context(control.meeting(f"edge/{orders.attempt}/{left}-{right}"))
         with _patience(settings, course):
-            edge = connect(store, int(right == me), Neighbour(other, orders.hosts[other]), settings, course)
+            neighbour = Neighbour(control.names[other], orders.hosts[other])
+            edge = connect(store, int(right == me), neighbour, settings, course)
         if left == me:
             works = {"send": Sender(edge, passing, stock, plan.pieces, course).run}
         else:
