@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.conftest import need
 from weightferry.cache import pins, space
 from weightferry.cache.evict import evict, remove_source
 from weightferry.cache.inventory import inventory, total
@@ -263,3 +265,25 @@ class TestCommand:
         code, said = self.run(cache, "ls")
         assert code == 0
         assert "1000 sources" in said
+
+
+def test_what_belongs_to_somebody_else_stays() -> None:
+    need(os.geteuid() == 0, "to be two users needs the right to become them: run this test as root")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own may be entered by root alone
+        Path(folder).chmod(0o755)
+        cache = Cache(Path(folder) / "cache")
+        for name in "abc":
+            cache.stage(f"org/{name}", "1", w=name.encode() * KB)
+        for path in (cache.layout.root, *cache.layout.root.rglob("*")):
+            os.lchown(path, 4242, 4242)
+        os.lchown(cache.layout.hub / "models--org--a", 0, 0)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgid(4242)
+                os.setuid(4242)
+                os._exit(10 + len(evict(cache.layout, 0)))
+            except BaseException:  # noqa: BLE001 -- told
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 12
+        assert cache.names() == ["org/a@1"]

@@ -65,18 +65,11 @@ def evict(layout: CacheLayout, to: int) -> list[Removed]:
 @contextlib.contextmanager
 def _ours(layout: CacheLayout, held: Held) -> Iterator[bool]:
     """Yield whether a source may go; if so, nobody begins to use it meanwhile."""
-    try:
-        if is_kept(layout, held) or (held.repo.stat().st_uid not in (os.geteuid(), 0) and os.geteuid() != 0):
-            yield False
-            return
-    except OSError:
-        yield False
-        return
     with contextlib.ExitStack() as stack:
-        try:
-            free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
-        except OSError:
-            free = False
+        free = False
+        with contextlib.suppress(OSError):
+            if not is_kept(layout, held) and os.geteuid() in (0, held.repo.stat().st_uid):
+                free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
         yield free
 
 
@@ -145,6 +138,7 @@ def _forget(layout: CacheLayout, folder: str) -> None:
 
 def _sweep(layout: CacheLayout) -> None:
     """Remove what an eviction left that was killed."""
-    for family in layout.families():
-        for trash in (*family.glob(".trash-*"), *family.glob("*/snapshots/.trash-*")):
-            shutil.rmtree(trash, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for family in layout.families():
+            for trash in (*family.glob(".trash-*"), *family.glob("*/snapshots/.trash-*")):
+                shutil.rmtree(trash, ignore_errors=True)
