@@ -273,3 +273,18 @@ class TestJudge:
         brought = {0: Brought(wrong={0: Wrong("aa", (1, 2))}), 2: Brought(wrong={0: Wrong("bb", (1, 3))})}
         with pytest.raises(IntegrityError, match="different from others in bytes 4194304-8388608"):
             self.judge({}, brought, publishes="sha256")
+
+
+def test_two_jobs_that_are_in_each_others_way_take_their_nodes_in_one_order(
+    settings: Settings, watch: FakeWatch
+) -> None:
+    """Each got the lock of another node first: both must then wait in the same order, or they wait for ever."""
+    manifest = manifest_of(FakeOrigin({"m.bin": b"x" * (3 << 20)}))
+    layouts = [CacheLayout(settings.cache_dir / name) for name in ("node0", "node1")]
+    one, other = ([surveyor_of(layout, manifest) for layout in layouts] for _ in range(2))
+    first, second = one[0].survey(), other[1].survey()
+    surveys = [(first, one[1].survey()), (other[0].survey(), second)]
+    assert [[survey.busy for survey in job] for job in surveys] == [[False, True], [True, False]]
+    orders = [sorted(range(2), key=lambda node: job[node].cache) for job in surveys]
+    assert orders[0] == orders[1]
+    assert len({survey.cache for job in surveys for survey in job}) == 2

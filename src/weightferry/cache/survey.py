@@ -41,7 +41,7 @@ class Survey:
     busy : bool
         Whether another job holds a lock on something that this domain lacks.
     cache : str
-        Names the cache folder: the same for every job that uses it.
+        Names the cache folder, the same for every job that uses it; empty where nothing was missing.
     unreachable : mapping of int to CollectError
         The sources, by their place in the manifest, that the leader cannot read from, and why.
     """
@@ -98,7 +98,9 @@ class Surveyor:
         self._locks.release(wanted - self._lock_paths(whole))
         self.runs = {index: self._runs_of(index) for index in self._contents if index not in whole}
         parts = {index: Extents((run.start, run.stop) for run in runs) for index, runs in self.runs.items() if runs}
-        return Survey(whole, parts, bool(busy) and not wait, identity(self.layout) if busy else "")
+        # Named also where nobody was in the way: else two jobs, each in the other's way on one node, would wait for
+        # their nodes in opposite orders, and for ever.
+        return Survey(whole, parts, bool(busy) and not wait, identity(self.layout) if wanted else "")
 
     def release(self) -> None:
         """Give all locks back."""
