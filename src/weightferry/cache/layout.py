@@ -142,4 +142,4 @@ class CacheLayout:
     @property
     def identity(self) -> Path:
         """The file that names this cache, the same for all who see it."""
-        return self.root / ".identity"
+        return self.root / "identity"
