@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from weightferry.errors import BadRequest, LoadError, redact
+from weightferry.errors import LoadError, redact
 from weightferry.loading.formats import Format, tell_format
-from weightferry.sources import safe_path
+from weightferry.origins.index import LARGEST, MALFORMED
+from weightferry.origins.index import weight_map as parse
 
-_LARGEST = 256 << 20  # bytes of an index; those of the largest models of 2026 have 10 MB
 _MOST_LINKS = 40  # as Linux follows
 # In a folder the first of these that names exactly one file is taken, as transformers does it.
 _PREFERRED = (
@@ -53,12 +52,11 @@ def weight_map(index: Path) -> dict[str, str]:
         It is no index, or names files outside of its folder.
     """
     subject = str(index)
-    if index.stat().st_size > _LARGEST:
+    if index.stat().st_size > LARGEST:
         raise LoadError(f"{index} is too large for an index of shards", subject=subject)
     try:
-        named = json.loads(index.read_bytes())["weight_map"]
-        shards = {name: safe_path(where) for name, where in named.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest) as error:
+        shards = parse(index.read_bytes())
+    except MALFORMED as error:
         text = redact(f"{type(error).__name__}: {error}"[:200])
         raise LoadError(f"{index} is no index of shards, or is damaged ({text})", subject=subject) from error
     if not shards:

@@ -12,7 +12,10 @@ from weightferry.sources import Ask, safe_path
 
 SUFFIX = ".index.json"
 """How such an index is named: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``."""
-_LARGEST = 256 << 20  # bytes; those of the largest models of 2026 have 10 MB
+LARGEST = 256 << 20
+"""Bytes of an index; those of the largest models of 2026 have 10 MB."""
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What `weight_map` raises for what is no index; `BadRequest`, for a name that climbs out, is a ValueError."""
 
 
 def is_index(name: str) -> bool:
@@ -35,7 +38,7 @@ def shards_of(origin: Origin, pinned: Pinned, ask: Ask, path: str) -> tuple[str,
     with at(subject=str(ask)), origin.read(pinned, path, 0, None) as chunks:
         for chunk in chunks:
             content += chunk
-            if len(content) > min(_LARGEST, _LARGEST if file.size is None else file.size):
+            if len(content) > min(LARGEST, LARGEST if file.size is None else file.size):
                 raise BadRequest(f"no index of shards: it has more than {len(content) - 1} bytes", subject=str(ask))
     return tuple(posixpath.join(posixpath.dirname(path), name) for name in shard_names(bytes(content), str(ask)))
 
@@ -49,10 +52,14 @@ def shard_names(content: bytes, subject: str) -> tuple[str, ...]:
         It is no index, or a name climbs out of its folder.
     """
     try:
-        named = json.loads(content)["weight_map"].values()
-        names = [safe_path(name) for name in dict.fromkeys(named)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = tuple(dict.fromkeys(weight_map(content).values()))
+    except MALFORMED as error:
         raise BadRequest(f"no index of shards ({type(error).__name__}: {error})", subject=subject) from error
     if not names:
         raise BadRequest("this index names no shards", subject=subject)
-    return tuple(names)
+    return names
+
+
+def weight_map(content: bytes) -> dict[str, str]:
+    """Return which file holds which tensor; what is no index raises one of `MALFORMED`."""
+    return {name: safe_path(where) for name, where in json.loads(content)["weight_map"].items()}
