@@ -79,11 +79,8 @@ def remove_source(layout: CacheLayout, held: Held) -> int | None:
         if not ours:
             return None
         size = look_at(layout, held.repo).size
-        # At once out of sight, then bit by bit.
-        trash = held.repo.with_name(f".trash-{secrets.token_hex(6)}")
-        held.repo.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
-        _forget(layout, held.repo.name)
+        _remove_folder(held.repo)
+        _forget(layout, held.repo)
         return size
 
 
@@ -101,20 +98,25 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
         return None
     left = [one for one in held.commits if one is not gone]
     # The refs first: nobody is led to a snapshot that is not there.
-    for ref in (path for path in (repo / "refs").rglob("*") if path.is_file()):
+    for ref in (path for path in layout.refs(repo).rglob("*") if path.is_file()):
         with contextlib.suppress(OSError):
             if ref.read_text() == commit:
                 ref.unlink()
-    trash = repo / "snapshots" / f".trash-{secrets.token_hex(6)}"
-    (repo / "snapshots" / commit).rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    _remove_folder(layout.snapshots(repo) / commit)
     size = _remove_blobs(layout, held, {blob for one in left for blob in one.blobs})
     with contextlib.suppress(OSError):
         layout.used_note(repo.name, commit).unlink()
     if not left:
         shutil.rmtree(repo, ignore_errors=True)
-        _forget(layout, repo.name)
+        _forget(layout, repo)
     return size
+
+
+def _remove_folder(folder: Path) -> None:
+    """Take a folder out of sight at once, then remove it bit by bit."""
+    trash = folder.with_name(f".trash-{secrets.token_hex(6)}")
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _remove_blobs(layout: CacheLayout, held: Held, shown: Collection[str]) -> int:
@@ -122,17 +124,17 @@ def _remove_blobs(layout: CacheLayout, held: Held, shown: Collection[str]) -> in
     for name, bytes_of in held.sizes.items():
         if name not in shown:
             with contextlib.suppress(OSError):
-                (held.repo / "blobs" / name).unlink()
+                (layout.blobs(held.repo) / name).unlink()
                 size += bytes_of
-            for note in (layout.root / "verified" / held.repo.name / name, held.repo / "sha256" / name):
+            for note in (layout.verified_of(held.repo) / name, layout.sha256_of(held.repo, name)):
                 with contextlib.suppress(OSError):
                     note.unlink()
     return size
 
 
-def _forget(layout: CacheLayout, folder: str) -> None:
+def _forget(layout: CacheLayout, repo: Path) -> None:
     """Remove notes about a source that is gone; its lock file stays, since somebody may wait for it."""
-    for notes in (layout.used / folder, layout.root / "verified" / folder):
+    for notes in (layout.used_notes(repo.name), layout.verified_of(repo)):
         shutil.rmtree(notes, ignore_errors=True)
 
 

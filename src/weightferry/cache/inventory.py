@@ -72,7 +72,7 @@ def inventory(layout: CacheLayout) -> list[Held]:
     held = []
     for family in layout.families():
         for repo in _folders(family):
-            if (repo / "blobs").is_dir() or (repo / "snapshots").is_dir():
+            if layout.blobs(repo).is_dir() or layout.snapshots(repo).is_dir():
                 held.append(look_at(layout, repo))
     return sorted(held, key=lambda one: one.name)
 
@@ -80,13 +80,13 @@ def inventory(layout: CacheLayout) -> list[Held]:
 def look_at(layout: CacheLayout, repo: Path) -> Held:
     """Look at one source."""
     sizes = {}
-    with contextlib.suppress(OSError), os.scandir(repo / "blobs") as entries:
+    with contextlib.suppress(OSError), os.scandir(layout.blobs(repo)) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
     commits = [
         Commit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
-        for snapshot in _folders(repo / "snapshots")
+        for snapshot in _folders(layout.snapshots(repo))
     ]
     return Held(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
 

@@ -67,15 +67,39 @@ class CacheLayout:
         """The folder of one source, all its commits."""
         return self._family(pinned) / self._folder_name(pinned)
 
+    @staticmethod
+    def blobs(repo: Path) -> Path:
+        """The folder of the content of a source, whose own folder is `repo`; as in the next ones."""
+        return repo / "blobs"
+
+    @staticmethod
+    def snapshots(repo: Path) -> Path:
+        """The folder of what shows its commits."""
+        return repo / "snapshots"
+
+    @staticmethod
+    def refs(repo: Path) -> Path:
+        """The folder of its branches."""
+        return repo / "refs"
+
+    @staticmethod
+    def sha256_of(repo: Path, blob: str) -> Path:
+        """Where the SHA-256 of a content is kept whose origin publishes no checksum."""
+        return repo / "sha256" / blob
+
+    def verified_of(self, repo: Path) -> Path:
+        """The folder of the notes on its content that was found right."""
+        return self.root / "verified" / repo.name
+
     def blob(self, pinned: Pinned, file: File) -> Path:
         """Where the content of a file gets its final name."""
-        return self.repo(pinned) / "blobs" / file.key
+        return self.blobs(self.repo(pinned)) / file.key
 
     def snapshot(self, pinned: Pinned) -> Path:
         """The folder that shows one commit under the files' own names; for local sources the source itself."""
         if pinned.in_place:
             return Path(pinned.source.root)
-        return self.repo(pinned) / "snapshots" / pinned.commit
+        return self.snapshots(self.repo(pinned)) / pinned.commit
 
     def pointer(self, pinned: Pinned, file: File) -> Path:
         """The link to a file's content in the snapshot."""
@@ -86,7 +110,7 @@ class CacheLayout:
         revision = pinned.source.revision or "main"
         if pinned.source.scheme != "hf" or revision == pinned.commit:
             return None
-        return self.repo(pinned) / "refs" / safe_path(revision)
+        return self.refs(self.repo(pinned)) / safe_path(revision)
 
     def lock(self, pinned: Pinned, file: File) -> Path:
         """The lock that huggingface_hub takes for the same content."""
@@ -94,11 +118,11 @@ class CacheLayout:
 
     def sha256_note(self, pinned: Pinned, file: File) -> Path:
         """Where the SHA-256 of a file is kept whose origin publishes no checksum."""
-        return self.repo(pinned) / "sha256" / file.key
+        return self.sha256_of(self.repo(pinned), file.key)
 
     def verified_note(self, pinned: Pinned, file: File) -> Path:
         """Where it is noted that a big file was hashed and found right."""
-        return self.root / "verified" / self._folder_name(pinned) / file.key
+        return self.verified_of(self.repo(pinned)) / file.key
 
     @property
     def partial(self) -> Path:
@@ -122,22 +146,21 @@ class CacheLayout:
         """The lock on all small files of a source together."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
 
-    @property
-    def used(self) -> Path:
-        """The folder that tells who uses what, and when it was last staged."""
-        return self.root / "used"
-
     def used_lock(self, folder: str) -> Path:
         """The lock that every process holds that uses a source; `folder` is the name of its folder."""
-        return self.used / f"{folder}.lock"
+        return self.root / "used" / f"{folder}.lock"
+
+    def used_notes(self, folder: str) -> Path:
+        """The folder of the files whose times tell when commits of a source were last staged."""
+        return self.root / "used" / folder
 
     def used_note(self, folder: str, commit: str) -> Path:
         """The file whose time tells when a commit of a source was last staged."""
-        return self.used / folder / commit
+        return self.used_notes(folder) / commit
 
     def keep_mark(self, folder: str) -> Path:
         """The file that keeps a source from being evicted."""
-        return self.used / f"{folder}.keep"
+        return self.root / "used" / f"{folder}.keep"
 
     @property
     def identity(self) -> Path:

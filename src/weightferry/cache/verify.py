@@ -76,15 +76,14 @@ def verify(layout: CacheLayout, progress: Callable[[int], None] = lambda _: None
 
 def remove_damaged(layout: CacheLayout, damage: Damage) -> None:
     """Take damaged content out of its place, so that the next operation brings it anew."""
-    repo = damage.blob.parents[1].name
-    for path in (layout.root / "verified" / repo / damage.blob.name, damage.blob):
+    for path in (layout.verified_of(damage.blob.parents[1]) / damage.blob.name, damage.blob):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 
 
 def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
     """Return what is wrong with a content, an empty text when it is right, ``?`` when nothing is promised."""
-    path = held.repo / "blobs" / blob
+    path = CacheLayout.blobs(held.repo) / blob
     promised = _promised(held, blob)
     if promised is None:
         return "?"
@@ -104,7 +103,7 @@ def _promised(held: Held, blob: str) -> Checksum | None:
     text = blob
     if held.repo.parent.name != "hub":
         try:
-            text = (held.repo / "sha256" / blob).read_text()
+            text = CacheLayout.sha256_of(held.repo, blob).read_text()
         except OSError:
             return None
     try:
@@ -117,10 +116,10 @@ def _damage(layout: CacheLayout, held: Held, blob: str, why: str) -> Damage:
     commits = tuple(commit.name for commit in held.commits if blob in commit.blobs)
     paths: dict[str, None] = {}
     for commit in commits:
-        snapshot = held.repo / "snapshots" / commit
+        snapshot = layout.snapshots(held.repo) / commit
         for path in snapshot.rglob("*"):
             with contextlib.suppress(OSError):
                 if path.is_symlink() and path.readlink().name == blob:
                     paths[path.relative_to(snapshot).as_posix()] = None
     hub = held.repo.parent == layout.hub
-    return Damage(held.name, commits, tuple(paths), held.repo / "blobs" / blob, why, held.name if hub else "")
+    return Damage(held.name, commits, tuple(paths), layout.blobs(held.repo) / blob, why, held.name if hub else "")
