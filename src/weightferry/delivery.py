@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import Locks
-from weightferry.cache.pins import use
+from weightferry.cache.pins import use_all
 from weightferry.cache.space import make_room
 from weightferry.cache.survey import Survey, Surveyor
 from weightferry.cluster.agree import Agreed
@@ -122,9 +122,8 @@ class _Delivery:
             return self._look((), wait=True)
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
-        for pinned in self._manifest.sources:
-            if not pinned.in_place:  # before it is looked at: nobody evicts it from here on
-                use(self._surveyor.layout.used_lock(self._surveyor.layout.repo(pinned).name), self._control.check)
+        # Before anything is looked at: nobody evicts it from here on.
+        use_all(self._surveyor.layout, self._manifest, self._control.check)
         seen = self._surveyor.survey(wait=wait, doubted=doubted)
         self._whole = seen.whole
         missing = [index for index in range(len(self._surveyor.files)) if index not in seen.whole]

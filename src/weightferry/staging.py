@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.pins import use
+from weightferry.cache.pins import use_all
 from weightferry.cache.publish import note_staged, show
 from weightferry.cache.survey import is_whole
 from weightferry.cache.trust import prepare
@@ -169,9 +169,7 @@ def collect(
         # A leader did so before it looked, and still is here. Elsewhere one lock for each of thousands of ranks would
         # be too many: there the leader's counts.
         if control.rank not in leaders and survives_only_here(layout):
-            for pinned in manifest.sources:
-                if not pinned.in_place:
-                    use(layout.used_lock(layout.repo(pinned).name), control.check)
+            use_all(layout, manifest, control.check)
         check_readable(shown, resolved, sight)
         if control.rank not in leaders:
             return None

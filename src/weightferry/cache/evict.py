@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightferry.cache.inventory import Held, inventory, is_kept, look_at, total
+from weightferry.cache.inventory import Held, inventory, is_kept, look_at
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import alone
 
@@ -45,13 +45,11 @@ def evict(layout: CacheLayout, to: int) -> list[Removed]:
     list of Removed
         In their order.
     """
-    size, removed = total(layout), list[Removed]()
     _sweep(layout)
-    order = sorted(
-        ((commit.staged, held, commit) for held in inventory(layout) for commit in held.commits),
-        key=lambda one: one[0],
-    )
-    for _, held, commit in order:
+    sources, removed = inventory(layout), list[Removed]()
+    size = sum(held.size for held in sources)
+    order = [(held, commit) for held in sources for commit in held.commits]
+    for held, commit in sorted(order, key=lambda one: one[1].staged):
         if size <= to:
             break
         with _ours(layout, held) as ours:

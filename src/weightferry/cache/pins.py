@@ -14,10 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from weightferry.cache.layout import CacheLayout
+from weightferry.manifest import Manifest
+
 _LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
 
 _held: dict[Path, int] = {}
 _holding = threading.Lock()
+
+
+def use_all(layout: CacheLayout, manifest: Manifest, check: Callable[[], None]) -> None:
+    """Note that this process uses every source of a manifest that is in the cache; see `use`."""
+    for pinned in manifest.sources:
+        if not pinned.in_place:
+            use(layout.used_lock(layout.repo(pinned).name), check)
 
 
 def use(lock: Path, check: Callable[[], None]) -> None:
@@ -28,7 +38,7 @@ def use(lock: Path, check: Callable[[], None]) -> None:
     Parameters
     ----------
     lock
-        The file of the source, `CacheLayout.pin_lock`.
+        The file of the source, `CacheLayout.used_lock`.
     check
         Called while waiting; what it raises ends the wait.
     """

@@ -33,8 +33,7 @@ def make_room(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], setti
         return
     needed = sum(file.size or 0 for _, file in files)
     if settings.max_size:
-        evict_above(layout, settings.max_size - needed, settings.min_free + needed)
-        size = total(layout)
+        size = _evict_above(layout, settings.max_size - needed, settings.min_free + needed)
         if size + needed > settings.max_size:
             raise NoSpace(
                 f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
@@ -44,13 +43,14 @@ def make_room(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], setti
     check_space(layout, files, settings.min_free)
 
 
-def evict_above(layout: CacheLayout, size: int, free: int) -> None:
-    """Evict until a cache has at most `size` bytes, and its file system at least `free`."""
+def _evict_above(layout: CacheLayout, size: int, free: int) -> int:
+    """Evict until a cache has at most `size` bytes, and its file system at least `free`; return what it then has."""
     has = total(layout)
     there = os.statvfs(_existing(layout.root))
     short = max(0, free - there.f_bavail * there.f_frsize)
     if has > (to := max(0, min(size, has - short))):
-        evict(layout, to)
+        has -= sum(removed.size for removed in evict(layout, to))
+    return has
 
 
 def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min_free: int) -> None:
