@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import save
 
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, values
+from tests.unit.loading.malformed import RunsCommand
 from weightferry.errors import BadRequest, CollectError, LoadError, NoHook, UnsafeFile
 
 ALL = {0, 1, 2, 3}
@@ -23,14 +22,6 @@ WEIGHTS = {
     "2.weight": torch.ones(4, 16),
     "2.bias": torch.ones(4),
 }
-
-
-class RunsCommand:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
 
 
 def saved(obj: object) -> bytes:

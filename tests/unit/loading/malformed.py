@@ -73,7 +73,7 @@ def repacked(content: bytes, change: Any, compression: int = zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 
-def tar(content: bytes) -> bytes:
+def tar(content: bytes = b"x") -> bytes:
     """Pack one file into a tar."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.unit.loading.malformed import tar
 from weightferry.errors import LoadError
 from weightferry.loading.formats import Format, tell_format
 from weightferry.loading.readers import read_state
@@ -47,15 +47,6 @@ def test_name_does_not_matter(form: str, name: str, mapped: bool, tmp_path: Path
     write(form, tmp_path / name)
     state = read_state(tmp_path / name, mapped=mapped)
     torch.testing.assert_close(dict(state), STATE, rtol=0, atol=0)
-
-
-def tar(content: bytes = b"x") -> bytes:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as file:
-        member = tarfile.TarInfo("storages")
-        member.size = len(content)
-        file.addfile(member, io.BytesIO(content))
-    return archive.getvalue()
 
 
 def zipped() -> bytes:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import tarfile
 from collections import Counter, OrderedDict
@@ -13,20 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.loading.malformed import RunsCommand
 from weightferry.errors import Failure, LoadError, UnsafeFile
 from weightferry.loading.objects import load_object
 from weightferry.loading.pickles import unsafe_globals
 from weightferry.loading.readers import read_state
-
-
-class RunsCommand:
-    """Leaves a marker when its pickle is run."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
 
 
 class Settings:
