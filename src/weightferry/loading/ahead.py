@@ -38,7 +38,9 @@ def read_ahead(files: Iterable[Path], place: int, places: int, check: Callable[[
     int
         Bytes read.
     """
-    cold = [path for path in dict.fromkeys(files) if not is_local(path.parent) and not is_cached(path)]
+    paths = dict.fromkeys(files)
+    local = {folder: is_local(folder) for folder in {path.parent for path in paths}}
+    cold = [path for path in paths if not local[path.parent] and not is_cached(path)]
     wanted, free = sum(path.stat().st_size for path in cold), available_memory()
     if wanted > _MOST_OF_FREE * free:
         logger.info("%d bytes to load and %d bytes of memory free: not read ahead, mapped only", wanted, free)

@@ -68,12 +68,11 @@ def prepare_object(
     LoadError
         As for `load_object`.
     """
-    hook, target = _bind(name, obj, custom_hook)
+    hook, target, ending = _bind(name, obj, custom_hook)
     prepare = PREPARES.get(hook)
     if prepare is None:
         if options.for_modules:
             raise LoadError(f"{name!r} is loaded by {hook!r}, which knows of no options: {options}", subject=name)
-        ending = () if custom_hook is not None or _is_transfer(hook, target) else (False,)
         return lambda: _named(name, path, lambda: hook(target, path, *ending))
     if options.for_modules and not isinstance(target, nn.Module):
         raise LoadError(f"{name!r} is no module, and these options are for modules: {options}", subject=name)
@@ -102,25 +101,20 @@ def _named(name: str, path: PathLike, work: Callable[[], T]) -> T:
         raise LoadError(redact(text), subject=str(path)) from error
 
 
-def _bind(name: str, obj: Any, custom_hook: Hook | None) -> tuple[Hook, Any]:
-    """Return the hook, and what it is called with."""
+def _bind(name: str, obj: Any, custom_hook: Hook | None) -> tuple[Hook, Any, tuple[bool, ...]]:
+    """Return the hook, the object it is called with, and what follows the path: `end_of_epoch` for a load hook."""
     if custom_hook is not None:
         if not callable(custom_hook):
             raise NoHook(f"the custom hook of {name!r} is a {type(custom_hook).__name__}, which cannot be called")
-        return custom_hook, obj
+        return custom_hook, obj, ()
     target = _target(obj)
-    hook = (
-        find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)
-        or find_hook(target, DEFAULT_LOAD_HOOKS, LOADER_MARK)
-        or fallback(target)
-    )
-    if hook is None:
-        raise NoHook(_how_to_register(name, obj))
-    return hook, target
-
-
-def _is_transfer(hook: Hook, target: Any) -> bool:
-    return hook is find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)
+    if (transfer := find_hook(target, DEFAULT_TRANSFER_HOOKS, TRANSFER_MARK)) is not None:
+        return transfer, target, ()
+    if (load := find_hook(target, DEFAULT_LOAD_HOOKS, LOADER_MARK)) is not None:
+        return load, target, (False,)
+    if (other := fallback(target)) is not None:
+        return other, target, ()
+    raise NoHook(_how_to_register(name, obj))
 
 
 def _target(obj: Any) -> Any:

@@ -126,17 +126,15 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
         leader: frozenset(n for n, piece in enumerate(pieces) if not _holds(held, piece))
         for leader, held in surveys.items()
     }
-    wanted_of_nobody = [
-        piece.files for n, piece in enumerate(pieces) if all(n in missing for missing in lacks.values())
-    ]
-    _check_readable(manifest, surveys, [index for indices in wanted_of_nobody for index in indices])
+    of_nobody = [number for number in range(len(pieces)) if all(number in missing for missing in lacks.values())]
+    _check_readable(manifest, surveys, [index for number in of_nobody for index in pieces[number].files])
     reads: dict[int, list[int]] = {leader: [] for leader in surveys}
     load = dict.fromkeys(surveys, 0)
-    for number, piece in enumerate(pieces):
-        if all(number in missing for missing in lacks.values()):
-            reader = _reader(piece, manifest.source_of(piece.files[0]), surveys, load)
-            reads[reader].append(number)
-            load[reader] += piece.size - _held(surveys[reader], piece)
+    for number in of_nobody:
+        piece = pieces[number]
+        reader = _reader(piece, manifest.source_of(piece.files[0]), surveys, load)
+        reads[reader].append(number)
+        load[reader] += piece.size - _held(surveys[reader], piece)
     return Plan(pieces, lacks, {leader: tuple(numbers) for leader, numbers in reads.items()})
 
 
