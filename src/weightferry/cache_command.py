@@ -100,7 +100,8 @@ def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"removed": told, "bytes_left": left}, indent=2))
     else:
         for one in removed:
-            click.echo(f"removed {one.source}@{one.commit[:8]}  {amount(one.size)}")
+            what = f"{one.source}@{one.commit[:8]}" if one.commit else f"what nothing shows of {one.source}"
+            click.echo(f"removed {what}  {amount(one.size)}")
         click.echo(f"{amount(left)} left in {layout.root}")
     if left > wanted:
         click.echo("weightferry: the rest is pinned, in use, or belongs to somebody else", err=True)

@@ -129,7 +129,7 @@ class _Delivery:
         missing = [index for index in range(len(self._surveyor.files)) if index not in seen.whole]
         if not seen.busy:  # else another job takes the space, and brings them
             lacking = [self._surveyor.files[index] for index in self._lacking()]
-            make_room(self._surveyor.layout, lacking, self._settings)
+            make_room(self._surveyor, lacking, self._settings, self._control.check)
         cannot = unreachable(self._manifest, missing, self._settings) if self._asks else {}
         # The others need the SHA-256 only where the manifest promises nothing.
         whole = {i: "" if self._surveyor.files[i][1].checksum else text for i, text in seen.whole.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import traceback
@@ -95,7 +96,7 @@ class Failure:
             phase=getattr(error, _PHASE, "") or phase,
             role=role,
             subject=redact(str(getattr(error, "subject", "") or getattr(error, _SUBJECT, ""))),
-            kind=type(error).__name__,
+            kind=_kind(error),
             message=redact(str(error) or type(error).__name__),
             traceback=redact("".join(traceback.format_exception(error))),
         )
@@ -105,6 +106,13 @@ class Failure:
         named = f"{self.subject}: " if self.subject and self.subject not in self.message else ""
         kind = "" if self.kind in _KINDS else f"{self.kind}: "
         return f"{self.phase} on {self.host} ({who}): {named}{kind}{self.message}"
+
+
+def _kind(error: BaseException) -> str:
+    """Name the class; of a disk or a quota that filled up the one that those who catch it look for."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace.__name__
+    return type(error).__name__
 
 
 class CollectError(Exception):
@@ -185,7 +193,7 @@ class Stalled(CollectError):
 
 
 class NoSpace(CollectError):
-    """The file system of a cache has too few bytes or inodes free for what is missing there."""
+    """The file system of a cache has too few bytes or inodes free for what is missing there, or filled up."""
 
 
 class LoadError(CollectError):

@@ -7,13 +7,14 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import weightferry
+from tests.answers import answer
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ def as_nobody(call: Callable[[], Any]) -> Any:
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         if ctypes.CDLL(None, use_errno=True).capset(header, none):
             raise OSError(ctypes.get_errno(), "capset")
+    return call()
+
+
+def answered(call: Callable[[], Any], system_call: str, errno: int, ranks: Sequence[int] = range(1024)) -> Any:
+    """Make the call while the kernel answers a system call so, on these ranks."""
+    if rank() in ranks:
+        answer(system_call, errno)
     return call()
 
 

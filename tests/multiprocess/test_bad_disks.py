@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.answers import known
 from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
 from weightferry.errors import BadRequest, CollectError, LoadError, NoSpace, SourceNotFound
+from weightferry.testing.hub import Fault
 
 FILES = {"small.ckpt": b"small", "big.bin": os.urandom(3 << 20)}
 ALL = {0, 1, 2, 3}
@@ -28,11 +33,11 @@ def model(nodes: Nodes) -> Nodes:
 
 
 @pytest.fixture
-def little_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+def little_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, or of the size that a test gives."""
     folder = tmp_path / "node1"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "weightferry-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '1m')}", "weightferry-test", str(folder)]
     need(
         os.geteuid() == 0 and run(mount, capture_output=True, check=False).returncode == 0,
         "a full disk needs a small tmpfs, and that the right to mount: run this test as root (sudo make test), in a "
@@ -52,6 +57,42 @@ def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
     check_cache(model.cache(0), failed=True)
     check_cache(little_disk, failed=True)
+
+
+def test_a_quota_shows_before_a_byte_moves(model: Nodes) -> None:
+    need(known(), "the numbers of this machine's system calls are not known here")
+    quota = partial(jobs.answered, partial(jobs.stage, "org/model"), "fallocate", errno.EDQUOT, [2])
+    (gots,) = model.tries(quota)
+    failed_alike(gots, NoSpace, "survey", {2}, "Disk quota exceeded", "3145728 bytes are needed", "org/model")
+    assert model.hub.content_bytes() == 0
+    assert check_cache(model.cache(0)) == check_cache(model.cache(2)) == [], "the space is given back on all nodes"
+    assert [files for _, files in values(model.tries(partial(jobs.stage, "org/model"))[0])] == [sha256s(FILES)] * 4
+
+
+MANY = {"big.bin": os.urandom(3 << 20), **{f"small{number}.bin": os.urandom(50_000) for number in range(40)}}
+
+
+@pytest.mark.parametrize("little_disk", ["8m"], indirect=True)
+def test_a_disk_that_somebody_else_fills_up_meanwhile(nodes: Nodes, little_disk: Path) -> None:
+    """Clean on all ranks, and the next call goes on."""
+    nodes.hub.add_repo("org/many", MANY)
+    nodes.hub.faults.add(Fault(kind="content", bytes_per_second=1e6, times=None))
+    with nodes.start(jobs.each, partial(jobs.stage, "org/many")) as ranks:
+        while nodes.hub.content_bytes() < 1e6:
+            time.sleep(0.05)
+        with contextlib.suppress(OSError), (little_disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(1 << 12)):
+                pass
+        gots = [outcome.get()[0] for outcome in ranks.outcomes(60)]
+    failed_alike(gots, NoSpace, "transfer", {2}, "No space left on device")
+    check_cache(nodes.cache(0), failed=True)
+    check_cache(little_disk, failed=True)
+    (little_disk / "filler").unlink()
+    nodes.hub.faults.clear()
+    (after,) = nodes.tries(partial(jobs.stage, "org/many"))
+    assert [files for _, files in values(after)] == [sha256s(MANY)] * 4
+    # What was on its way into a file that could not be written came for nothing: four connections of two leaders.
+    assert nodes.hub.content_bytes() <= sum(map(len, MANY.values())) + 8 * 50_000
 
 
 @pytest.mark.parametrize("node", [0, 1])

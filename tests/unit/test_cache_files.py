@@ -16,8 +16,9 @@ from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
 from weightferry.cache import verified
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
-from weightferry.cache.publish import publish, show, sweep_partials
+from weightferry.cache.publish import publish, show
 from weightferry.cache.survey import Survey, is_whole, known_sha256
+from weightferry.cache.unfinished import sweep
 from weightferry.cache.verified import is_verified, note_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
@@ -275,7 +276,7 @@ class TestPublishAndSurvey:
             path.write_bytes(b"part")
         for path in (old, theirs):
             os.utime(path, (time.time() - 100, time.time() - 100))
-        sweep_partials(layout, ttl=50)
+        sweep(layout, (), ttl=50)
         assert not old.exists()
         assert new.exists()
         assert not theirs.exists(), "nobody may ever want that file again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from weightferry.errors import (
     IntegrityError,
     LeaderLost,
     NoHook,
+    NoSpace,
     OriginError,
     PlanMismatch,
     SourceNotFound,
@@ -73,17 +75,22 @@ def test_they_are_what_speechbrains_users_catch(kind: type[Exception], builtin: 
 
 
 class TestFailure:
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_a_disk_or_a_quota_that_filled_up(self, number: int) -> None:
+        got = Failure.of(OSError(number, "full"), rank=0, host="node1", phase="transfer")
+        assert type(from_failures({0: got})) is NoSpace
+
     def test_of_an_exception(self) -> None:
         try:
             with at("publish", "model.bin"), at("transfer", "elsewhere"):
-                raise OSError(28, "No space left on device")
+                raise OSError(5, "Input/output error")
         except OSError as error:
             got = Failure.of(error, rank=4, host="node1", phase="link", role="leader of ranks 4-7")
         assert (got.phase, got.subject) == ("transfer", "elsewhere"), "the innermost context knows best"
-        assert (got.kind, got.message) == ("OSError", "[Errno 28] No space left on device")
+        assert (got.kind, got.message) == ("OSError", "[Errno 5] Input/output error")
         assert "test_of_an_exception" in got.traceback
         assert str(got) == (
-            "transfer on node1 (rank 4, leader of ranks 4-7): elsewhere: OSError: [Errno 28] No space left on device"
+            "transfer on node1 (rank 4, leader of ranks 4-7): elsewhere: OSError: [Errno 5] Input/output error"
         )
 
     def test_a_subject_of_the_error_itself_wins(self) -> None:

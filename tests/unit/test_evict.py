@@ -23,15 +23,18 @@ from weightferry.cache import pins, space
 from weightferry.cache.evict import evict, remove_source
 from weightferry.cache.inventory import inventory, total
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.locks import Locks
 from weightferry.cache.pins import alone, use
 from weightferry.cache.space import check_space, make_room
+from weightferry.cache.survey import Surveyor
+from weightferry.cache.unfinished import unfinished
 from weightferry.cli import main
 from weightferry.errors import NoSpace
-from weightferry.manifest import File, Pinned
+from weightferry.manifest import File, Manifest, Pinned
 from weightferry.settings import Settings, byte_count
 from weightferry.sources import Source
 
-KB = 1000
+KB, MB = 1000, 1_000_000
 
 
 class Cache:
@@ -97,6 +100,20 @@ def test_content_that_another_commit_shows_stays(cache: Cache) -> None:
     assert not repo.exists()
 
 
+def test_content_that_nothing_shows_goes_last(cache: Cache) -> None:
+    """A job that is killed between publish and link leaves it."""
+    cache.stage("org/a", "1", w=b"a" * KB)
+    cache.stage("org/b", "1", w=b"b" * KB)
+    for name in "ac":
+        blobs = cache.layout.hub / f"models--org--{name}/blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        (blobs / "0123").write_bytes(b"0" * KB)
+    removed = [(one.source, one.commit, one.size) for one in evict(cache.layout, 2 * KB)]
+    assert removed == [("org/a", "1", 2 * KB)], "with the last commit of a source all of it"
+    assert [(one.source, one.commit) for one in evict(cache.layout, 0)] == [("org/b", "1"), ("org/c", "")]
+    assert list(cache.layout.hub.iterdir()) == []
+
+
 def test_what_this_process_uses_stays(three: Cache) -> None:
     use(three.layout.used_lock("models--org--a"), lambda: None)
     assert [one.source for one in evict(three.layout, 0)] == ["org/b", "org/c"]
@@ -144,26 +161,82 @@ def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:
     assert not list(three.layout.hub.glob(".trash*"))
 
 
+def wanting(layout: CacheLayout, *files: File) -> tuple[Surveyor, list[tuple[Pinned, File]]]:
+    """A leader that has surveyed a cache which lacks these files of a new source."""
+    surveyor = Surveyor(layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), Locks(5, lambda: None))
+    surveyor.survey()
+    return surveyor, surveyor.files
+
+
 class TestRoom:
     @pytest.fixture
     def wanted(self) -> list[tuple[Pinned, File]]:
         file = File("w.bin", 2 * KB)
         return [(Pinned(Source("hf", "org/new"), "1" * 40, (file,)), file)]
 
-    def test_the_cache_stays_below_its_limit(self, three: Cache, wanted: Any) -> None:
-        make_room(three.layout, wanted, Settings(max_size=4 * KB))
+    def make(self, cache: Cache, settings: Settings, size: int = 2 * KB) -> None:
+        surveyor, lacking = wanting(cache.layout, File("w.bin", size))
+        try:
+            make_room(surveyor, lacking, settings, lambda: None)
+        finally:
+            surveyor.release()
+
+    def test_the_cache_stays_below_its_limit(self, three: Cache) -> None:
+        self.make(three, Settings(max_size=4 * KB))
         assert three.names() == ["org/b@1", "org/c@1"]
 
-    def test_nothing_is_evicted_without_a_limit(self, three: Cache, wanted: Any) -> None:
-        make_room(three.layout, wanted, Settings())
+    def test_nothing_is_evicted_without_a_limit(self, three: Cache) -> None:
+        self.make(three, Settings())
         assert total(three.layout) == 3 * KB
 
-    def test_what_is_in_use_is_no_room(self, three: Cache, wanted: Any) -> None:
+    def test_what_is_in_use_is_no_room(self, three: Cache) -> None:
         for name in "abc":
             use(three.layout.used_lock(f"models--org--{name}"), lambda: None)
         with pytest.raises(NoSpace, match="max_size"):
-            make_room(three.layout, wanted, Settings(max_size=4 * KB))
+            self.make(three, Settings(max_size=4 * KB))
         assert total(three.layout) == 3 * KB
+
+    def test_what_another_job_brings_counts(self, cache: Cache) -> None:
+        """Each finds room by itself, and both together would not."""
+        first, lacking = wanting(cache.layout, File("a.bin", 3 * MB))
+        make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
+        second, other = wanting(cache.layout, File("b.bin", 3 * MB))
+        with pytest.raises(NoSpace, match="on their way"):
+            make_room(second, other, Settings(max_size=5 * MB), lambda: None)
+        second.release()
+        first.release()
+        assert unfinished(cache.layout) == [], "no byte came: the space is given back"
+        make_room(second, other, Settings(max_size=5 * MB), lambda: None)
+        second.release()
+
+    def test_what_a_killed_job_left_makes_room_last(self, three: Cache) -> None:
+        left, lacking = wanting(three.layout, File("left.bin", 3 * MB))
+        left.take_space()
+        path = three.layout.partial_of(*lacking[0])
+        with path.with_name(f"{path.name}.journal").open("a") as journal:
+            journal.write("0 1000 00000000\n")
+        (there,) = unfinished(three.layout)
+        self.make(three, Settings(max_size=5 * MB + 2 * KB + there.taken), size=5 * MB)
+        assert (three.names(), path.exists()) == (["org/b@1", "org/c@1"], True)
+        with pytest.raises(NoSpace):
+            self.make(three, Settings(max_size=4 * MB), size=2 * MB)
+        assert path.exists(), "its job lives"
+        left.release()
+        self.make(three, Settings(max_size=4 * MB), size=2 * MB)
+        assert not path.exists()
+
+    def test_who_makes_room_does_so_alone(self, three: Cache) -> None:
+        surveyor, lacking = wanting(three.layout, File("w.bin", 2 * KB))
+
+        class Looked(Exception):
+            pass
+
+        def look() -> None:
+            raise Looked
+
+        with alone(three.layout.space_lock), pytest.raises(Looked):
+            make_room(surveyor, lacking, Settings(), look)
+        surveyor.release()
 
     def test_what_must_stay_free(self, three: Cache, wanted: Any) -> None:
         free = os.statvfs(three.layout.root).f_bavail * os.statvfs(three.layout.root).f_frsize
@@ -171,14 +244,14 @@ class TestRoom:
             check_space(three.layout, wanted, free)
 
     def test_a_disk_that_is_short_of_room_evicts_where_it_may(
-        self, three: Cache, wanted: Any, monkeypatch: pytest.MonkeyPatch
+        self, three: Cache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def disk(_: object) -> Any:
             free = 10 * KB - total(three.layout)
             return os.statvfs_result((1, 1, free, free, free, 1000, 1000, 1000, 0, 255))
 
         monkeypatch.setattr(space.os, "statvfs", disk)  # type: ignore[attr-defined]
-        make_room(three.layout, [(wanted[0][0], File("w.bin", 4096))], Settings(max_size=1000 * KB, min_free=4 * KB))
+        self.make(three, Settings(max_size=1000 * KB, min_free=4 * KB), size=4096)
         assert three.names() == ["org/c@1"]
 
     def test_inodes_count(self, three: Cache, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ class Removed:
     Attributes
     ----------
     source, commit : str
+        The commit is empty for content that none showed.
     size : int
         Bytes that nothing else needed.
     """
@@ -37,8 +38,9 @@ class Removed:
 def evict(layout: CacheLayout, to: int) -> list[Removed]:
     """Remove commits until the content of a cache has at most `to` bytes, or nothing more may go.
 
-    Those staged longest ago go first, each as a whole, with the content that no other commit shows. Left alone are
-    sources that a living process has staged, that somebody pinned, and that belong to somebody else.
+    Those staged longest ago go first, each as a whole, with the content that no other commit shows; then content that
+    no commit shows at all, as a killed job leaves it. Left alone are sources that a living process has staged, that
+    somebody pinned, and that belong to somebody else.
 
     Returns
     -------
@@ -57,6 +59,14 @@ def evict(layout: CacheLayout, to: int) -> list[Removed]:
                 removed.append(Removed(held.name, commit.name, gone))
                 size -= gone
                 logger.info("evicted %s@%s: %d bytes", held.name, commit.name[:8], gone)
+    for held in sources:
+        if size <= to:
+            break
+        with _ours(layout, held) as ours:
+            if ours and (gone := _remove_unshown(layout, held.repo)):
+                removed.append(Removed(held.name, "", gone))
+                size -= gone
+                logger.info("evicted content of %s that no commit shows: %d bytes", held.name, gone)
     return removed
 
 
@@ -105,6 +115,15 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
     with contextlib.suppress(OSError):
         layout.used_note(repo.name, commit).unlink()
     if not left:
+        shutil.rmtree(repo, ignore_errors=True)
+        _forget(layout, repo)
+    return size
+
+
+def _remove_unshown(layout: CacheLayout, repo: Path) -> int:
+    held = look_at(layout, repo)
+    size = _remove_blobs(layout, held, {blob for commit in held.commits for blob in commit.blobs})
+    if not held.commits:
         shutil.rmtree(repo, ignore_errors=True)
         _forget(layout, repo)
     return size

@@ -12,6 +12,7 @@
       partial/        what is not whole yet, each with its journal; nothing in here has its final name
       verified/       notes on content that was hashed since it last changed
       used/           by source: COMMIT, touched whenever it is staged; NAME.lock, held by whoever uses it; NAME.keep
+      space.lock      held by whoever makes room and takes space
 """
 
 from __future__ import annotations
@@ -142,6 +143,12 @@ class CacheLayout:
         """A name for partial data that nobody else uses: without the lock, writers must still not meet."""
         return self.partial_of(pinned, file).with_name(f"{file.key}.{secrets.token_hex(8)}")
 
+    def locks_of_partial(self, path: Path) -> tuple[Path, ...]:
+        """The locks one of which is held by whoever brings the partial data at `path`; none for `new_partial`."""
+        if "." in path.name:
+            return ()
+        return tuple(family / ".locks" / path.parent.name / f"{path.name}.lock" for family in self.families())
+
     def small_lock(self, pinned: Pinned) -> Path:
         """The lock on all small files of a source together."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
@@ -161,6 +168,11 @@ class CacheLayout:
     def keep_mark(self, folder: str) -> Path:
         """The file that keeps a source from being evicted."""
         return self.root / "used" / f"{folder}.keep"
+
+    @property
+    def space_lock(self) -> Path:
+        """The lock on counting what is there, making room and taking space: one leader at a time."""
+        return self.root / "space.lock"
 
     @property
     def identity(self) -> Path:

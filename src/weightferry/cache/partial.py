@@ -140,6 +140,13 @@ def discard(path: Path) -> None:
             part.unlink()
 
 
+def is_untouched(path: Path) -> bool:
+    """Whether the journal of the data at `path` says that nothing of it came: space was taken, and that is all."""
+    with contextlib.suppress(OSError):
+        return journal_of(path).read_bytes().count(b"\n") <= 1
+    return False
+
+
 def read_range(file: int, start: int, stop: int) -> Iterator[memoryview]:
     """Yield the bytes from `start` to `stop` of an open file in order, through one buffer.
 

@@ -80,6 +80,32 @@ def alone(lock: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def one_at_a_time(lock: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Wait until nobody else is in such a context of the same file; without locks nobody waits.
+
+    Parameters
+    ----------
+    check
+        Called while waiting; what it raises ends the wait.
+    """
+    with contextlib.ExitStack() as held:
+        while not _is_ours(held, lock):
+            check()
+            time.sleep(_LOOK)
+        yield
+
+
+def _is_ours(held: contextlib.ExitStack, lock: Path) -> bool:
+    try:
+        if held.enter_context(alone(lock)):
+            return True
+    except OSError:
+        return True  # no flock here, or nothing may be written: that shows soon enough
+    held.close()
+    return False
+
+
 def in_use(lock: Path) -> bool:
     """Whether a living process uses a source."""
     if not lock.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
@@ -66,12 +65,3 @@ def note_staged(layout: CacheLayout, pinned: Pinned) -> None:
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
-
-
-def sweep_partials(layout: CacheLayout, ttl: float) -> None:
-    """Remove partial data that nobody has written to for `ttl` seconds: its writer was killed."""
-    with contextlib.suppress(OSError):
-        # And notes that were never written to their end; a cache may be full of others.
-        for partial in (*layout.partial.glob("*/*"), *layout.root.glob("verified/*/.*")):
-            if time.time() - partial.stat().st_mtime > ttl:
-                partial.unlink()

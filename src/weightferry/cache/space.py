@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from weightferry.cache.evict import evict
 from weightferry.cache.inventory import total
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.pins import one_at_a_time
+from weightferry.cache.survey import Surveyor
+from weightferry.cache.unfinished import drop_abandoned, sweep, unfinished
 from weightferry.errors import NoSpace
 from weightferry.manifest import File, Pinned
 from weightferry.settings import Settings
@@ -20,44 +23,71 @@ _FOLDERS = 12  # that a new source needs, at most
 _GIGABYTE = 1e9
 
 
-def make_room(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], settings: Settings) -> None:
-    """Evict until what is missing fits, where the settings allow that, and check that it does.
+def make_room(
+    surveyor: Surveyor, lacking: Iterable[tuple[Pinned, File]], settings: Settings, check: Callable[[], None]
+) -> None:
+    """Evict until what is missing fits, where the settings allow that, check that it does, and take the space.
+
+    One leader at a time does so in a cache: what jobs bring that come at once is counted by all of them.
+
+    Parameters
+    ----------
+    surveyor
+        Of the cache, after its survey.
+    check
+        Called while another leader does so; what it raises ends the wait.
 
     Raises
     ------
     NoSpace
-        It does not, whatever may go.
+        It does not fit, whatever may go.
+    OSError
+        Space could not be taken: a quota, or no right to write.
     """
-    files = list(lacking)
+    files, layout = list(lacking), surveyor.layout
     if not files:
         return
+    mine = {layout.partial_of(pinned, file) for pinned, file in files}
+    with one_at_a_time(layout.space_lock, check):
+        sweep(layout, mine, settings.partial_ttl)
+        if settings.max_size:
+            _keep_below(layout, files, mine, settings)
+        check_space(layout, files, settings.min_free)
+        surveyor.take_space()
+
+
+def _keep_below(
+    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
+) -> None:
+    """Evict until what a cache has, what others bring into it, and `files` are within the settings together."""
     needed = sum(file.size or 0 for _, file in files)
-    if settings.max_size:
-        size = _evict_above(layout, settings.max_size - needed, settings.min_free + needed)
-        if size + needed > settings.max_size:
-            raise NoSpace(
-                f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
-                f"(max_size): it has {_told(size)}, which are in use, pinned, or somebody else's",
-                subject=str(layout.root),
-            )
-    check_space(layout, files, settings.min_free)
-
-
-def _evict_above(layout: CacheLayout, size: int, free: int) -> int:
-    """Evict until a cache has at most `size` bytes, and its file system at least `free`; return what it then has."""
-    has = total(layout)
+    coming = sum(one.taken for one in unfinished(layout) if one.path not in mine)
     there = os.statvfs(_existing(layout.root))
-    short = max(0, free - there.f_bavail * there.f_frsize)
-    if has > (to := max(0, min(size, has - short))):
-        has -= sum(removed.size for removed in evict(layout, to))
-    return has
+    short = max(0, settings.min_free + needed - there.f_bavail * there.f_frsize)
+    has = total(layout)
+    above = max(has + coming + needed - settings.max_size, min(short, has + coming))
+    if above > 0:
+        above -= sum(removed.size for removed in evict(layout, max(0, has - above)))
+    if above > 0:
+        # Whoever wants it again reads it again: better than that this job fails.
+        for gone in drop_abandoned(layout, mine):
+            above -= gone
+            if above <= 0:
+                break
+    left = total(layout) + sum(one.taken for one in unfinished(layout) if one.path not in mine)
+    if left + needed > settings.max_size:
+        raise NoSpace(
+            f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
+            f"(max_size): it has {_told(left)}, which are in use, on their way, pinned, or somebody else's",
+            subject=str(layout.root),
+        )
 
 
 def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min_free: int) -> None:
     """Compare what files will take with what is free, less `min_free` bytes.
 
     Quotas count where the file system tells them as free space (XFS and ext4 project quotas); others show when space
-    is taken, before a leader reads. A size that nobody knows counts as nothing.
+    is taken. A size that nobody knows counts as nothing.
 
     Raises
     ------

@@ -13,9 +13,9 @@ from weightferry.cache.extents import Extents
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import create_whole
 from weightferry.cache.locks import Locks
-from weightferry.cache.partial import Run, discard, right_runs
+from weightferry.cache.partial import Partial, Run, discard, is_untouched, right_runs
 from weightferry.cache.verified import is_verified, note_verified
-from weightferry.errors import CollectError
+from weightferry.errors import CollectError, at
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Manifest, Pinned
 
@@ -71,6 +71,7 @@ class Surveyor:
         self.files = list(manifest.staged())
         self._contents = manifest.contents()
         self.runs: dict[int, list[Run]] = {}
+        self._taken: set[Path] = set()
 
     def locked(self, index: int) -> bool:
         """Whether the partial data of a file is this leader's alone."""
@@ -102,8 +103,30 @@ class Surveyor:
         # their nodes in opposite orders, and for ever.
         return Survey(whole, parts, bool(busy) and not wait, identity(self.layout) if wanted else "")
 
+    def take_space(self) -> None:
+        """Take the space of the big files that are missing: before anybody reads, and so that other jobs see it.
+
+        What a quota allows shows only now; many file systems keep several kinds of them, and tell of none.
+
+        Raises
+        ------
+        OSError
+            There is too little, or no right to write.
+        """
+        for index, runs in self.runs.items():
+            pinned, file = self.files[index]
+            if file.size and self.locked(index):
+                path = self.layout.partial_of(pinned, file)
+                self._taken.add(path)
+                with at(subject=f"{pinned.name}/{file.path}"):
+                    Partial(path, file.size, file.key, runs)
+
     def release(self) -> None:
-        """Give all locks back."""
+        """Give back all locks, and space into which nothing came."""
+        for path in self._taken:
+            if is_untouched(path):
+                discard(path)
+        self._taken.clear()
         self._locks.release()
 
     def _whole(self) -> dict[int, str]:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from weightferry.cache.publish import sweep_partials
 from weightferry.cache.survey import Surveyor
 from weightferry.cluster.control import Control
 from weightferry.origins.base import Origin, origin_for
@@ -76,7 +75,6 @@ def bring(
         next run. Nothing half-written has a final name.
     """
     plan, me = orders.plan, control.rank
-    sweep_partials(surveyor.layout, settings.partial_ttl)
     course = Course(control, orders.lacking)
     with ExitStack() as left:
         left.callback(course.stop.set)

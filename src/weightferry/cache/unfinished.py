@@ -1,0 +1,79 @@
+"""Partial data in a cache: what of it somebody brings now, and what a killed process left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.partial import discard
+from weightferry.cache.pins import alone
+
+_SECTOR = 512  # bytes of a block that `stat` counts
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The partial data of one file.
+
+    Attributes
+    ----------
+    path : Path
+    taken : int
+        Bytes that it has on the disk.
+    written : float
+        Seconds since the epoch, when somebody last wrote to it.
+    """
+
+    path: Path
+    taken: int
+    written: float
+
+
+def unfinished(layout: CacheLayout) -> list[Unfinished]:
+    """List the partial data of a cache, what was written to longest ago first."""
+    found = []
+    for path in layout.partial.glob("*/*"):
+        if path.suffix != ".journal":
+            with contextlib.suppress(OSError):
+                seen = path.stat()
+                found.append(Unfinished(path, seen.st_blocks * _SECTOR, seen.st_mtime))
+    return sorted(found, key=lambda one: one.written)
+
+
+def drop_abandoned(layout: CacheLayout, mine: Collection[Path], *, older: float = 0.0) -> Iterator[int]:
+    """Remove, one after the other, partial data that nobody brings; yield its bytes.
+
+    Parameters
+    ----------
+    mine
+        Partial data with which this process goes on.
+    older
+        Only what nobody has written to for so many seconds. Of data that no lock is on nobody knows whose it is: it is
+        left alone unless this is given.
+    """
+    for one in unfinished(layout):
+        if one.path in mine or time.time() - one.written < older:
+            continue
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            locks = layout.locks_of_partial(one.path)
+            if (locks or older) and all(held.enter_context(alone(lock)) for lock in locks if lock.exists()):
+                discard(one.path)
+                yield one.taken
+
+
+def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float) -> None:
+    """Remove partial data that nobody has written to for `ttl` seconds, and halves of notes and of partial data.
+
+    Some may belong to somebody else: that is left.
+    """
+    for _ in drop_abandoned(layout, mine, older=ttl):
+        pass
+    journals = (path for path in layout.partial.glob("*/*.journal") if not path.with_suffix("").exists())
+    for half in (*journals, *layout.root.glob("verified/*/.*")):
+        with contextlib.suppress(OSError):
+            if time.time() - half.stat().st_mtime > ttl:
+                half.unlink()
