@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -128,10 +129,14 @@ def rm(source: str, cache_dir: Path | None) -> None:
 @_cache_dir
 def pin(source: str, cache_dir: Path | None) -> None:
     """Keep SOURCE from being evicted, by anybody, until it is unpinned."""
+    from weightferry.cache.rights import follow, make_folder
+
     layout = _layout(cache_dir)
     mark = layout.keep_mark(_find(layout, source).repo.name)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    if not mark.exists():
+        make_folder(mark.parent)
+        mark.touch()
+        follow(mark)
 
 
 @cache.command()
@@ -140,11 +145,12 @@ def pin(source: str, cache_dir: Path | None) -> None:
 def unpin(source: str, cache_dir: Path | None) -> None:
     """Let SOURCE be evicted again."""
     layout = _layout(cache_dir)
-    try:
-        layout.keep_mark(_find(layout, source).repo.name).unlink(missing_ok=True)
-    except PermissionError:
-        click.echo(f"weightferry: {source} was pinned by somebody else", err=True)
+    mark = layout.keep_mark(_find(layout, source).repo.name)
+    # In the cache of a group the right to remove it says nothing.
+    if mark.exists() and os.geteuid() not in (0, mark.stat().st_uid):
+        click.echo(f"weightferry: {source} was pinned by user {mark.stat().st_uid}", err=True)
         sys.exit(1)
+    mark.unlink(missing_ok=True)
 
 
 @cache.command()

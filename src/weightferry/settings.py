@@ -27,6 +27,10 @@ class Settings:
     cache_dir : Path
         The cache folder of this rank. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``. On a
         cluster name a node-local folder (``/local/...``) where there is one.
+    cache_group : str
+        Name of the group that a new cache folder is for: all in it read and write there. Empty: it is this user's
+        alone, so that a gated model which one may read does not become readable to others. A folder that is there
+        already keeps its own rights, which what is made in it follows. Default empty.
     connections : int
         Connections over which one leader reads at a time, at most: each time an origin says that it is too busy (HTTP
         429, 503, 529) they are halved, and grow back one by one with its answers. Default 4.
@@ -71,6 +75,7 @@ class Settings:
     """
 
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
+    cache_group: str = ""
     connections: int = 4
     connect_timeout: float = 10.0
     read_timeout: float = 30.0

@@ -138,7 +138,7 @@ def collect(
     def checked() -> Wish:
         # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
         with contextlib.suppress(OSError):
-            prepare(layout.root)
+            prepare(layout, settings.cache_group)
         return _outside_cache(wish(), layout)
 
     mine, agreed = agree(control, checked, settings)

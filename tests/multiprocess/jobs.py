@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,18 @@ def as_nobody(call: Callable[[], Any]) -> Any:
         header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
         if ctypes.CDLL(None, use_errno=True).capset(header, none):
             raise OSError(ctypes.get_errno(), "capset")
+    return call()
+
+
+def as_user(call: Callable[[], Any], uid: int, gid: int, *groups: int, umask: int = 0o077) -> Any:
+    """Make the call as another user, for good."""
+    # That user may not be able to enter Python's own folders: what is imported on the way is imported before.
+    with tempfile.TemporaryDirectory() as warm:
+        stage("org/warm", cache_dir=warm)
+    os.umask(umask)
+    os.setgroups(groups)
+    os.setgid(gid)
+    os.setuid(uid)
     return call()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.rights import follow, make_folder
 from weightferry.cache.trust import prepare
 from weightferry.errors import BadRequest
 
@@ -49,21 +52,48 @@ def place() -> Iterator[Path]:
 
 
 def check(root: Path, *, groups: tuple[int, ...] = ()) -> str:
-    return as_user(lambda: prepare(root), groups=groups)
+    return as_user(lambda: prepare(CacheLayout(root)), groups=groups)
 
 
 def test_a_new_cache_is_its_users_alone(tmp_path: Path) -> None:
-    prepare(tmp_path / "a/cache")
+    prepare(CacheLayout(tmp_path / "a/cache"))
     assert (tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
-    prepare(tmp_path / "a/cache")
+    prepare(CacheLayout(tmp_path / "a/cache"))
 
 
 def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(BadRequest, match="anybody may write"):
-        prepare(tmp_path)
+        prepare(CacheLayout(tmp_path))
     tmp_path.chmod(0o1777)
-    prepare(tmp_path)
+    prepare(CacheLayout(tmp_path))
+
+
+def test_a_stranger_below_a_folder_that_anybody_may_write_to(place: Path) -> None:
+    """Notes there would be believed."""
+    root = place / "cache"
+    (root / "verified").mkdir(parents=True)
+    root.chmod(0o1777)
+    os.chown(root / "verified", OTHER, OTHER)
+    assert f"belongs to user {OTHER}" in check(root)
+    os.chown(root / "verified", NOBODY.pw_uid, NOBODY.pw_gid)
+    assert check(root) == ""
+
+
+def test_what_is_made_follows_the_folder_and_not_the_umask(tmp_path: Path) -> None:
+    for mode, folder, file in ((0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o755, 0o755, 0o644)):
+        root = tmp_path / f"{mode:o}"
+        root.mkdir()
+        root.chmod(mode)
+        umask = os.umask(0o077)
+        try:
+            make_folder(root / "a/b")
+            (root / "a/b/file").touch()
+            follow(root / "a/b/file")
+        finally:
+            os.umask(umask)
+        seen = [stat.S_IMODE((root / path).stat().st_mode) for path in ("a", "a/b", "a/b/file")]
+        assert seen == [folder, folder, file]
 
 
 def test_a_foreign_folder(place: Path) -> None:
@@ -104,6 +134,6 @@ def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
 def test_private_stays_private(place: Path) -> None:
     """What root staged for itself, nobody else reads."""
     root = place / "cache"
-    prepare(root)
+    prepare(CacheLayout(root))
     (root / "blob").write_bytes(b"secret")
     assert "PermissionError" in as_user((root / "blob").read_bytes)

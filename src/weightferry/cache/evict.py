@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,16 @@ def _ours(layout: CacheLayout, held: Held) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         free = False
         with contextlib.suppress(OSError):
-            if not is_kept(layout, held) and os.geteuid() in (0, held.repo.stat().st_uid):
+            if not is_kept(layout, held) and _may_remove(held.repo):
                 free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
         yield free
+
+
+def _may_remove(repo: Path) -> bool:
+    """Whether a source is this user's, or that of a group which this user is in."""
+    seen = repo.stat()
+    of_group = bool(seen.st_mode & stat.S_IWGRP) and os.access(repo, os.W_OK | os.X_OK)
+    return os.geteuid() in (0, seen.st_uid) or of_group
 
 
 def remove_source(layout: CacheLayout, held: Held) -> int | None:

@@ -60,6 +60,10 @@ class CacheLayout:
         readable = re.sub(r"[^A-Za-z0-9._-]+", "--", source.identity.partition("?")[0])[:80]
         return f"{readable}--{hashlib.sha256(source.identity.encode()).hexdigest()[:16]}"
 
+    def own_folders(self) -> tuple[Path, ...]:
+        """The folders that only the cache may write to."""
+        return tuple(self.root / name for name in _OWN_FOLDERS)
+
     def families(self) -> tuple[Path, Path]:
         """The folders that hold sources."""
         return self.hub, self.root / "objects"
@@ -133,7 +137,7 @@ class CacheLayout:
     def owns(self, path: Path) -> bool:
         """Whether `path` lies, links followed, in a folder that only the cache may write to."""
         below = path.resolve()
-        return any(below.is_relative_to((self.root / name).resolve()) for name in _OWN_FOLDERS)
+        return any(below.is_relative_to(folder.resolve()) for folder in self.own_folders())
 
     def partial_of(self, pinned: Pinned, file: File) -> Path:
         """Where whoever holds the lock on a file's content keeps its partial data, and finds what a killed one left."""

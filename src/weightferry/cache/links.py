@@ -7,6 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
+from weightferry.cache.rights import follow, make_folder
 from weightferry.errors import BadRequest
 
 
@@ -37,14 +38,18 @@ def point(link: Path, target: str | Path) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a small text file so that readers see the old or the new one, never a part; parents are made."""
+    """Write a small text file so that readers see the old or the new one, never a part; parents are made.
+
+    In a cache: it has the rights of its folder.
+    """
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text() == content:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     new = beside(path)
     try:
         new.write_text(content)
+        follow(new)
         new.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -62,6 +67,7 @@ def create_whole(path: Path, content: str) -> None:
     new = beside(path)
     try:
         new.write_text(content)
+        follow(new)
         os.link(new, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

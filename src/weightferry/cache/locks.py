@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from weightferry.cache.rights import make_folder
+
 logger = logging.getLogger(__name__)
 
 _SLICE = 0.5  # seconds between two looks at whether the operation still goes on
@@ -78,7 +80,7 @@ class Locks:
         # nobody.
         lock = FileLock(path, mode=0o664, fallback_to_soft=False, thread_local=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             lock.acquire(timeout=timeout, poll_interval=0.05)
         except Timeout:
             return False

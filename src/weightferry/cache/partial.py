@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from weightferry.cache.extents import Extents
 from weightferry.cache.links import write_whole
+from weightferry.cache.rights import follow, make_folder
 
 _BUFFER = 1 << 20
 
@@ -65,9 +66,10 @@ class Partial:
         self._lock = Lock()
         runs = list(runs)
         self.there = Extents((run.start, run.stop) for run in runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_whole(journal_of(path), "".join(f"{line}\n" for line in (_head(size, content), *runs)))
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        follow(path)
         _allocate(self._file, size, path)
         self._journal = os.open(journal_of(path), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.rights import follow, make_folder
 from weightferry.manifest import Manifest
 
 _LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
@@ -115,8 +116,13 @@ def in_use(lock: Path) -> bool:
 
 
 def _open(lock: Path) -> int:
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    """Open a file to lock it, for which the right to read is enough; where there is none, it is made."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    make_folder(lock.parent)
+    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    follow(lock)
+    return descriptor
 
 
 def _flock(descriptor: int, kind: int) -> bool:

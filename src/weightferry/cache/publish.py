@@ -10,6 +10,7 @@ from pathlib import Path
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.partial import discard
+from weightferry.cache.rights import follow, make_folder
 from weightferry.cache.survey import is_whole
 from weightferry.cache.verified import note_verified, survives_only_here
 from weightferry.manifest import File, Pinned
@@ -36,7 +37,7 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
     if not file.checksum:
         write_whole(layout.sha256_note(pinned, file), sha256)
     blob = layout.blob(pinned, file)
-    blob.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(blob.parent)
     try:
         partial.replace(blob)
     except FileNotFoundError:
@@ -53,6 +54,7 @@ def show(layout: CacheLayout, pinned: Pinned) -> None:
     for file in pinned.files:
         pointer = layout.pointer(pinned, file)
         blob = layout.blob(pinned, file)
+        make_folder(pointer.parent)
         point(pointer, os.path.relpath(blob, pointer.parent))
     ref = layout.ref(pinned)
     if ref is not None:
@@ -63,5 +65,8 @@ def note_staged(layout: CacheLayout, pinned: Pinned) -> None:
     """Note that a commit was staged now: what was longest ago is evicted first."""
     note = layout.used_note(layout.repo(pinned).name, pinned.commit)
     with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(note.parent)
+        made = not note.exists()
         note.touch()
+        if made:
+            follow(note)

@@ -5,32 +5,42 @@ Big files in a cache are believed on the word of notes in the same folder; who m
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
 import stat
 from pathlib import Path
 
+from weightferry.cache.layout import CacheLayout
 from weightferry.errors import BadRequest
 
 
-def prepare(root: Path) -> None:
-    """Check the path of a cache, and make the folder, for this user alone, where there is none.
+def prepare(layout: CacheLayout, group: str = "") -> None:
+    """Check the path of a cache, and make the folder where there is none: for this user alone, or for a group.
 
-    An administrator who wants a cache for a group makes the folder: owned by root or by one of the group, writable by
-    the group. Root itself is not asked who owns a folder: in a container it mostly is somebody else.
+    What is made in it has the rights of the folder itself. One that is there is taken as it is: owned by root or by
+    this user, or writable by a group that this user is in. Root itself is not asked who owns a folder: in a container
+    it mostly is somebody else.
+
+    Parameters
+    ----------
+    group
+        Name of the group that a new cache is for.
 
     Raises
     ------
     BadRequest
         Somebody else could have planted it: a foreign owner, a folder that anybody may write to, or a link that
-        somebody else put into such a folder.
+        somebody else put into such a folder; or there is no such group.
     OSError
         It cannot be made.
     """
+    root = layout.root
     _check_links(root)
     try:
         seen = root.stat()
     except FileNotFoundError:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(root, group)
         return
     mode = seen.st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
@@ -39,11 +49,34 @@ def prepare(root: Path) -> None:
             " chmod o-w it",
             subject=str(root),
         )
+    _check_owner(root, seen)
+    if mode & stat.S_IWOTH:
+        # Where anybody may make folders, also those below may be planted.
+        for folder in layout.own_folders():
+            with contextlib.suppress(FileNotFoundError):
+                _check_owner(folder, folder.lstat())
+
+
+def _make(root: Path, group: str) -> None:
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else -1
+    except KeyError:
+        raise BadRequest(
+            f"there is no group {group!r} here, for which a cache is to be made", subject=str(root)
+        ) from None
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700, parents=True)
+        if group:
+            os.chown(root, -1, gid)
+            root.chmod(0o2770)
+
+
+def _check_owner(folder: Path, seen: os.stat_result) -> None:
     if not _is_trusted(seen):
         raise BadRequest(
             f"this cache folder belongs to user {seen.st_uid}, who may have planted it: refused; name another one, or "
             "let it be writable by a group that you are in",
-            subject=str(root),
+            subject=str(folder),
         )
 
 

@@ -165,7 +165,7 @@ class Mine:
     def _cache_place(self) -> Place:
         # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
         with contextlib.suppress(OSError):
-            self._cache_dir.mkdir(parents=True, exist_ok=True)
+            self._cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             return Place.of(self._cache_dir)
         except OSError:

@@ -11,6 +11,7 @@ from threading import Lock
 
 from weightferry.cache.partial import Run, discard
 from weightferry.cache.publish import publish
+from weightferry.cache.rights import follow, make_folder
 from weightferry.cache.survey import Surveyor
 from weightferry.errors import IntegrityError, at
 from weightferry.hashing import Hashes
@@ -167,8 +168,9 @@ class Stock:
         path = self._layout.new_partial(pinned, file)
         with at(subject=f"{pinned.name}/{file.path}"):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 path.write_bytes(content)
+                follow(path)
                 with at(phase="publish"):
                     publish(self._layout, pinned, file, path, sha256, sync=False)
             finally:
