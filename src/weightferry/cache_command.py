@@ -105,8 +105,17 @@ def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
             click.echo(f"removed {what}  {amount(one.size)}")
         click.echo(f"{amount(left)} left in {layout.root}")
     if left > wanted:
-        click.echo("weightferry: the rest is pinned, in use, or belongs to somebody else", err=True)
+        click.echo(f"weightferry: {_why_left(layout)}", err=True)
         sys.exit(1)
+
+
+def _why_left(layout: CacheLayout) -> str:
+    from weightferry.cache.exclusion import exclusion
+
+    locks = exclusion(layout)
+    if locks.by_flock:
+        return "what is left is pinned, in use, or belongs to somebody else"
+    return f"nobody knows what is in use in {layout.root}: {locks.why}"
 
 
 @cache.command()
@@ -119,7 +128,7 @@ def rm(source: str, cache_dir: Path | None) -> None:
     layout = _layout(cache_dir)
     size = remove_source(layout, _find(layout, source))
     if size is None:
-        click.echo(f"weightferry: {source} is pinned, in use, or belongs to somebody else: not removed", err=True)
+        click.echo(f"weightferry: {source} is not removed: {_why_left(layout)}", err=True)
         sys.exit(1)
     click.echo(f"removed {source}  {amount(size)}")
 

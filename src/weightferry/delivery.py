@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from weightferry.cache.exclusion import exclusion
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks
+from weightferry.cache.locks import Locks, Patience
 from weightferry.cache.pins import use_all
 from weightferry.cache.space import make_room
 from weightferry.cache.survey import Survey, Surveyor
@@ -21,6 +23,8 @@ from weightferry.transfer.bring import Brought, bring
 from weightferry.transfer.plan import Orders, plan
 from weightferry.transfer.proof import judge
 from weightferry.transfer.reading import unreachable
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2  # wrong bytes are asked for once more
 
@@ -35,10 +39,13 @@ class Delivered:
         The files that were whole, by their place in `Manifest.staged()`, with their SHA-256 or an empty text.
     brought : Brought
         All transfers together.
+    locks : str
+        By what others were kept out: ``flock``, or why not by that.
     """
 
     held: Mapping[int, str] = field(default_factory=dict)
     brought: Brought = field(default_factory=Brought)
+    locks: str = ""
 
 
 def deliver(
@@ -62,7 +69,7 @@ def deliver(
     CollectError
         The same on every rank.
     """
-    surveyor = Surveyor(layout, manifest, Locks(settings.lock_timeout, control.check))
+    surveyor = Surveyor(layout, manifest, _locks(control, agreed, layout, settings))
     delivery = _Delivery(control, manifest, agreed, surveyor, settings, sure=sure)
     with contextlib.ExitStack() as over:
         over.callback(surveyor.release)
@@ -77,6 +84,18 @@ def deliver(
             if not doubted:
                 break
     return delivery.mine
+
+
+def _locks(control: Control, agreed: Agreed, layout: CacheLayout, settings: Settings) -> Locks:
+    patience = Patience(
+        settings.lock_timeout, settings.beat_timeout + settings.visibility_timeout, settings.beat_interval
+    )
+    found = None
+    if control.rank in agreed.leaders:
+        found = exclusion(layout, across=agreed.domain_of(control.rank).excludes)
+        if not found.by_flock:
+            logger.warning("%s: %s: files take the place of locks, and nothing is evicted", layout.root, found.why)
+    return Locks(patience, control.check, found)
 
 
 class _Delivery:
@@ -97,7 +116,7 @@ class _Delivery:
         self.hosts = {domain.leader: domain.host for domain in agreed.domains}
         self._who = {leader: f"rank {control.names[leader]} ({host})" for leader, host in self.hosts.items()}
         self._asks = not sure or len(self._leaders) > 1
-        self.mine = Delivered()
+        self.mine = Delivered(locks=str(surveyor.exclusion))
         self._whole: Mapping[int, str] = {}
 
     def survey(self, doubted: Collection[int]) -> Mapping[int, Survey]:

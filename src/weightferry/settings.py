@@ -54,7 +54,9 @@ class Settings:
         Seconds that ranks wait for the last one to call. Default 600.
     lock_timeout : float
         Seconds to wait for another job's lock on a file before reading it from the origin all the same: the lock
-        saves bandwidth, correctness does not rest on it. Default 1800.
+        saves bandwidth, correctness does not rest on it. Where holders give signs of life, on file systems that other
+        machines see too or that have no locks of their own, one that gives none for `beat_timeout` and
+        `visibility_timeout` together is not waited for. Default 1800.
     visibility_timeout : float
         Seconds that a file which is there may take to show on another machine: network file systems keep what they
         know of a folder for a while. Default 60.

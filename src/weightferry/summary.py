@@ -29,6 +29,7 @@ class Part:
     cached_bytes: int
     seconds: Mapping[str, float]
     sizes: tuple[int, ...]
+    locks: str
     sha256: Mapping[int, str]
 
     @classmethod
@@ -44,7 +45,14 @@ class Part:
         known = {**delivered.held, **brought.sha256}
         sha256 = {index: known[first] for index, first in enumerate(manifest.same_as) if first in known}
         return cls(
-            brought.origin_bytes, brought.peer_bytes_in, brought.peer_bytes_out, there, dict(seconds), sizes, sha256
+            brought.origin_bytes,
+            brought.peer_bytes_in,
+            brought.peer_bytes_out,
+            there,
+            dict(seconds),
+            sizes,
+            delivered.locks,
+            sha256,
         )
 
 
@@ -71,6 +79,7 @@ def summarise(
                 peer_bytes_in=part.peer_bytes_in,
                 peer_bytes_out=part.peer_bytes_out,
                 cached_bytes=part.cached_bytes,
+                locks=part.locks,
                 seconds={phase: round(value, 4) for phase, value in part.seconds.items()},
             )
         )

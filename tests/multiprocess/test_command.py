@@ -46,7 +46,7 @@ def check_report(report: dict[str, Any], commit: str) -> None:
         assert min(seconds.values()) >= 0
         assert domain.pop("origin_bytes") + domain["peer_bytes_in"] == TOTAL
         assert domain.pop("peer_bytes_in") + domain.pop("peer_bytes_out") == TOTAL
-        assert domain == {"host": HOST, "leader_rank": ranks[0], "ranks": ranks, "cached_bytes": 0}
+        assert domain == {"host": HOST, "leader_rank": ranks[0], "ranks": ranks, "cached_bytes": 0, "locks": "flock"}
     manifest = report["manifest"]
     assert (manifest["source"], manifest["commit"]) == ("hf://org/model", commit)
     said = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}

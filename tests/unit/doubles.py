@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks
+from weightferry.cache.locks import Locks, Patience
 from weightferry.cache.survey import Surveyor
 from weightferry.cluster.control import Solo
 from weightferry.manifest import Manifest, Pinned
@@ -65,4 +65,4 @@ class FakeControl(Solo):
 
 def surveyor_of(layout: CacheLayout, manifest: Manifest) -> Surveyor:
     """A surveyor whose locks are freed with it."""
-    return Surveyor(layout, manifest, Locks(0.2, lambda: None))
+    return Surveyor(layout, manifest, Locks(Patience(0.2), lambda: None))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.answers import answer, known
+from tests.conftest import need
 from weightferry.cluster.agree import Agreed, Comparing, Introduction, Mine, Wish
 from weightferry.cluster.control import Solo
-from weightferry.cluster.domains import Domain, Meeting, Place, group, is_local
+from weightferry.cluster.domains import Domain, Meeting, Met, Place, group, is_local, mount_of
 from weightferry.errors import BadRequest, CollectError, PlanMismatch
 from weightferry.settings import Settings
 from weightferry.sources import Ask
@@ -151,7 +154,7 @@ class TestMeeting:
         comparing, agreed = self.comparing()
         assert agreed.token
         assert agreed.caches == (0, 1, 2, 3)
-        met = comparing.met({0: (1, None), 1: (1, None), 2: (2, None), 3: (3, None)})
+        met = comparing.met({0: (Met(1), None), 1: (Met(1), None), 2: (Met(2), None), 3: (Met(3), None)})
         assert [domain.ranks for domain in met.domains] == [(0, 1), (2,), (3,)]
         assert met.leaders == (0, 2, 3)
         assert met.token == ""
@@ -162,17 +165,21 @@ class TestMeeting:
         into = [replace(place, inode=9) for place in LUSTRE]
         agreed = comparing.introduced({n: says(f"h{n}", Place(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
         assert (agreed.caches, agreed.folders) == ((), (0, 1, 2, 3))
-        met = comparing.met(dict.fromkeys(range(4), (None, 2)))
+        met = comparing.met(dict.fromkeys(range(4), (None, Met(2))))
         assert list(met.links) == [0]
         assert met.leaders == (0, 1, 2, 3)
 
     def test_a_domain_that_the_user_names_is_compared(self) -> None:
         comparing, _ = self.comparing("a", "a", "b", "c")
-        assert comparing.met({0: (0, None), 1: (0, None), 2: (2, None), 3: (3, None)}).leaders == (0, 2, 3)
+        assert comparing.met({0: (Met(0), None), 1: (Met(0), None), 2: (Met(2), None), 3: (Met(3), None)}).leaders == (
+            0,
+            2,
+            3,
+        )
         with pytest.raises(PlanMismatch, match="different ones"):
-            comparing.met({n: (n, None) for n in range(4)})
+            comparing.met({n: (Met(n), None) for n in range(4)})
         with pytest.raises(PlanMismatch, match="see one cache folder, but WEIGHTFERRY_DOMAIN says 'a' and 'b'"):
-            comparing.met({0: (0, None), 1: (0, None), 2: (0, None), 3: (3, None)})
+            comparing.met({0: (Met(0), None), 1: (Met(0), None), 2: (Met(0), None), 3: (Met(3), None)})
 
     def test_what_the_user_names_against_what_is_proven(self) -> None:
         with pytest.raises(PlanMismatch, match="see one cache folder"):
@@ -180,12 +187,34 @@ class TestMeeting:
         with pytest.raises(PlanMismatch, match="different ones"):
             agree({0: replace(says(), domain="a"), 1: replace(says("h1", THERE), domain="a")})
 
+    def test_locks_that_two_machines_hold_at_once(self) -> None:
+        comparing, _ = self.comparing()
+        met = comparing.met(
+            {0: (Met(1), None), 1: (Met(1), None), 2: (Met(2), None), 3: (Met(2, excludes=False), None)}
+        )
+        assert [(domain.ranks, domain.excludes) for domain in met.domains] == [((0, 1), True), ((2, 3), False)]
+
     def test_who_finds_the_file_made(self, tmp_path: Path) -> None:
-        meeting = Meeting("token", 5.0)
-        assert meeting.at(tmp_path, 3, lambda: None) == 3
-        assert meeting.at(tmp_path, 1, lambda: None) == 3
-        meeting.end(tmp_path)
+        meeting, other = Meeting("token", 5.0), Meeting("token", 5.0)
+        assert meeting.at(tmp_path, 3, lambda: None) == Met(3)
+        assert other.at(tmp_path, 1, lambda: None) == Met(3)
+        meeting.end()
+        other.end()
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("errno", [0, 38])
+    def test_locks_that_exclude_nobody(self, tmp_path: Path, errno: int) -> None:
+        need(known(), "the numbers of this machine's system calls are not known here")
+        meeting = Meeting("token", 5.0)
+        meeting.at(tmp_path, 3, lambda: None)
+
+        def elsewhere() -> Met:
+            answer("flock", errno)
+            return Meeting("token", 5.0).at(tmp_path, 1, lambda: None)
+
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(elsewhere).result() == Met(3, excludes=False)
+        meeting.end()
 
     def test_files_that_show_late(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         meeting = Meeting("token", 30.0)
@@ -199,7 +228,8 @@ class TestMeeting:
             return read(path, *args, **options)
 
         monkeypatch.setattr(Path, "read_text", late)
-        assert meeting.at(tmp_path, 1, lambda: None) == 3
+        assert meeting.at(tmp_path, 1, lambda: None) == Met(3)
+        meeting.end()
 
     def test_files_that_never_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         meeting = Meeting("token", 0.1)
@@ -207,12 +237,13 @@ class TestMeeting:
         (tmp_path / ".weightferry-token").write_text("3")  # without its end of line: not written to its end
         with pytest.raises(CollectError, match="WEIGHTFERRY_DOMAIN"):
             meeting.at(tmp_path, 1, lambda: None)
+        meeting.end()
 
 
 MOUNTS = """\
 21 1 253:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 21 0:29 / /home rw - nfs4 server:/home rw
-31 21 0:30 / /scratch\\040space rw - lustre mgs:/s rw
+31 21 0:30 / /scratch\\040space rw - lustre mgs:/s rw,localflock
 32 30 0:31 / /home/me/local rw - tmpfs tmpfs rw
 33 21 0:32 / /fuse rw - fuse.sshfs host: rw
 """
@@ -232,3 +263,8 @@ MOUNTS = """\
 )
 def test_which_file_systems_are_local(folder: str, local: bool) -> None:
     assert is_local(Path(folder), MOUNTS) is local
+
+
+def test_options_of_a_mount() -> None:
+    kind, options = mount_of(Path("/scratch space/x"), MOUNTS)
+    assert (kind, options) == ("lustre", frozenset({"rw", "localflock"}))

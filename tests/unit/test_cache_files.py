@@ -14,6 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
 from weightferry.cache import verified
+from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.publish import publish, show
@@ -276,7 +277,7 @@ class TestPublishAndSurvey:
             path.write_bytes(b"part")
         for path in (old, theirs):
             os.utime(path, (time.time() - 100, time.time() - 100))
-        sweep(layout, (), ttl=50)
+        sweep(layout, (), 50, Exclusion())
         assert not old.exists()
         assert new.exists()
         assert not theirs.exists(), "nobody may ever want that file again"

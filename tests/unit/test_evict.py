@@ -23,7 +23,7 @@ from weightferry.cache import pins, space
 from weightferry.cache.evict import evict, remove_source
 from weightferry.cache.inventory import inventory, total
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks
+from weightferry.cache.locks import Locks, Patience
 from weightferry.cache.pins import alone, use
 from weightferry.cache.space import check_space, make_room
 from weightferry.cache.survey import Surveyor
@@ -163,7 +163,9 @@ def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:
 
 def wanting(layout: CacheLayout, *files: File) -> tuple[Surveyor, list[tuple[Pinned, File]]]:
     """A leader that has surveyed a cache which lacks these files of a new source."""
-    surveyor = Surveyor(layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), Locks(5, lambda: None))
+    surveyor = Surveyor(
+        layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), Locks(Patience(5), lambda: None)
+    )
     surveyor.survey()
     return surveyor, surveyor.files
 

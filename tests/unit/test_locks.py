@@ -6,6 +6,8 @@ import contextlib
 import errno
 import fcntl
 import logging
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,13 +19,13 @@ import pytest
 from huggingface_hub.utils import WeakFileLock
 
 from tests.unit.doubles import FakeWatch, Over
-from weightferry.cache.locks import Locks
+from weightferry.cache.locks import Locks, Patience
 
 HOLD = """
 import sys
 from pathlib import Path
-from weightferry.cache.locks import Locks
-locks, path = Locks(10, lambda: None), Path(sys.argv[1])
+from weightferry.cache.locks import Locks, Patience
+locks, path = Locks(Patience(10), lambda: None), Path(sys.argv[1])
 locks.wait({path})
 print(locks.held(path), flush=True)
 sys.stdin.read()
@@ -32,7 +34,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def content_lock(path: Path, timeout: float, check: Callable[[], None]) -> Iterator[bool]:
-    locks = Locks(timeout, check)
+    locks = Locks(Patience(timeout), check)
     try:
         locks.wait({path})
         yield locks.held(path)
@@ -82,7 +84,11 @@ def test_threads_exclude_each_other(path: Path, watch: FakeWatch) -> None:
 
 def test_another_process_excludes(path: Path, watch: FakeWatch, caplog: pytest.LogCaptureFixture) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SLURM_JOB_ID": "815"},
     )
     with holder:
         assert holder.stdout is not None
@@ -90,6 +96,7 @@ def test_another_process_excludes(path: Path, watch: FakeWatch, caplog: pytest.L
         with caplog.at_level(logging.WARNING), content_lock(path, 0.1, watch.check) as held:
             assert not held
         assert "going on without the lock" in caplog.text
+        assert f"held by process {holder.pid} on {socket.gethostname()} (job 815)" in caplog.text
         holder.kill()  # a lock must not outlive its holder
         holder.wait()
         with content_lock(path, 10, watch.check) as held:
@@ -136,7 +143,7 @@ def test_somebody_elses_cache(
 
 
 def test_what_others_hold_is_not_waited_for(tmp_path: Path, watch: FakeWatch) -> None:
-    first, second = Locks(60, watch.check), Locks(60, watch.check)
+    first, second = Locks(Patience(60), watch.check), Locks(Patience(60), watch.check)
     a, b = tmp_path / "a.lock", tmp_path / "b.lock"
     assert first.take({a}) == set()
     assert second.take({a, b}) == {a}

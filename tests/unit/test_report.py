@@ -31,7 +31,7 @@ def test_the_keys() -> None:
     for domain in got["domains"]:
         assert set(domain) == {
             *("host", "leader_rank", "ranks", "origin_bytes", "peer_bytes_in", "peer_bytes_out", "cached_bytes"),
-            "seconds",
+            *("locks", "seconds"),
         }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightferry.cache.exclusion import Exclusion, exclusion
 from weightferry.cache.inventory import Held, inventory, is_kept, look_at
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import alone
@@ -36,18 +37,26 @@ class Removed:
     size: int
 
 
-def evict(layout: CacheLayout, to: int) -> list[Removed]:
+def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[Removed]:
     """Remove commits until the content of a cache has at most `to` bytes, or nothing more may go.
 
     Those staged longest ago go first, each as a whole, with the content that no other commit shows; then content that
     no commit shows at all, as a killed job leaves it. Left alone are sources that a living process has staged, that
     somebody pinned, and that belong to somebody else.
 
+    Parameters
+    ----------
+    locks
+        What is known of them; None: to be found out. Where `flock` means nothing nobody knows what is in use, and
+        nothing is removed.
+
     Returns
     -------
     list of Removed
         In their order.
     """
+    if not (locks or exclusion(layout)).by_flock:
+        return []
     _sweep(layout)
     sources, removed = inventory(layout), list[Removed]()
     size = sum(held.size for held in sources)
@@ -92,7 +101,7 @@ def _may_remove(repo: Path) -> bool:
 def remove_source(layout: CacheLayout, held: Held) -> int | None:
     """Remove a whole source; None when it is in use, pinned, or somebody else's. Returns its bytes."""
     with _ours(layout, held) as ours:
-        if not ours:
+        if not ours or not exclusion(layout).by_flock:
             return None
         size = look_at(layout, held.repo).size
         _remove_folder(held.repo)

@@ -13,6 +13,7 @@
       verified/       notes on content that was hashed since it last changed
       used/           by source: COMMIT, touched whenever it is staged; NAME.lock, held by whoever uses it; NAME.keep
       space.lock      held by whoever makes room and takes space
+      probe.lock      locked for a moment, to see whether locks exclude
 """
 
 from __future__ import annotations
@@ -172,6 +173,11 @@ class CacheLayout:
     def keep_mark(self, folder: str) -> Path:
         """The file that keeps a source from being evicted."""
         return self.root / "used" / f"{folder}.keep"
+
+    @property
+    def probe(self) -> Path:
+        """A file on which it is tried whether locks exclude."""
+        return self.root / "probe.lock"
 
     @property
     def space_lock(self) -> Path:

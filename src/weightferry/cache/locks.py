@@ -1,18 +1,25 @@
-"""The locks on files' content, shared with huggingface_hub.
+"""The locks on files' content: the kernel's, shared with huggingface_hub, or files where the kernel's mean nothing.
 
 They save bandwidth: of several jobs that want one file, one reads it. Correctness rests on checksums and on the atomic
-rename, so a lock that cannot be had (a file system without locks, somebody else's lock file) is done without.
+rename, so a lock that cannot be had (somebody else's lock file, a holder that gives no sign of life) is done without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLockProtocolError, StrictSoftFileLock, Timeout
 
+from weightferry.cache.exclusion import Exclusion
+from weightferry.cache.holder import Holder, holder_here
+from weightferry.cache.links import write_whole
 from weightferry.cache.rights import make_folder
 
 logger = logging.getLogger(__name__)
@@ -21,26 +28,52 @@ _SLICE = 0.5  # seconds between two looks at whether the operation still goes on
 _SAY_EVERY = 10.0  # seconds, as huggingface_hub does
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long holders are waited for, in seconds.
+
+    Attributes
+    ----------
+    longest
+        At most, whatever they do.
+    silence
+        Without a sign of life, where they give some.
+    sign_every
+        How often this process gives one.
+    """
+
+    longest: float
+    silence: float = 75.0
+    sign_every: float = 2.0
+
+
 class Locks:
     """The locks that one leader holds in one operation.
 
-    Guaranteed: a lock in `held` excludes everybody who locks the same path where the file system's `flock` does; the
-    kernel frees it when this process dies. Not guaranteed: that a lock is held after `wait`; see `held`.
+    Guaranteed: a lock in `held` excludes everybody who locks the same path with the same `Exclusion`. The kernel frees
+    its own when this process dies; a file in its place is taken away by the next one who wants it, on proof that its
+    process has ended, and passed by when that gives no sign of life. Not guaranteed: that a lock is held after `wait`;
+    see `held`.
 
     Parameters
     ----------
-    timeout
-        Seconds to wait for another holder before going on without.
+    patience
+        How long to wait for another holder before going on without.
     check
         Called while waiting; what it raises ends the wait.
+    exclusion
+        What was found to exclude here.
     """
 
-    def __init__(self, timeout: float, check: Callable[[], None]) -> None:
-        self._timeout, self._check = timeout, check
-        self._locks: dict[Path, FileLock] = {}
+    def __init__(self, patience: Patience, check: Callable[[], None], exclusion: Exclusion | None = None) -> None:
+        self.exclusion = exclusion or Exclusion()
+        self._patience, self._check = patience, check
+        self._locks: dict[Path, BaseFileLock] = {}
+        self._signs = _Signs(patience.sign_every)
+        self._me = ""
 
     def __repr__(self) -> str:
-        return f"Locks(held={sorted(map(str, self._locks))})"
+        return f"Locks({self.exclusion}, held={sorted(map(str, self._locks))})"
 
     def held(self, path: Path) -> bool:
         """Whether the lock at `path` is ours."""
@@ -57,36 +90,142 @@ class Locks:
                 self._wait(path)
 
     def release(self, paths: Iterable[Path] | None = None) -> None:
-        """Give back some, or all; the lock files stay, since somebody may hold a lock on a removed one."""
+        """Give back some, or all; the kernel's lock files stay, since somebody may hold a lock on a removed one."""
         for path in list(self._locks) if paths is None else paths:
             if path in self._locks:
-                self._locks.pop(path).release()
+                self._signs.end(_note_of(path))
+                with contextlib.suppress(OSError, SoftFileLockProtocolError):
+                    self._locks.pop(path).release()
 
     def _wait(self, path: Path) -> None:
-        start = said = time.monotonic()
+        start, said, watched = time.monotonic(), float("-inf"), _Watched(_note_of(path))
         while not self._acquired(path, _SLICE):
             self._check()
             now = time.monotonic()
-            if now - start > self._timeout:
-                logger.warning("going on without the lock %s: held elsewhere for %.0f s", path, now - start)
+            if now - start > self._patience.longest:
+                logger.warning("going on without the lock %s: held by %s for %.0f s", path, _who(path), now - start)
+                return
+            if self._may_be_silent(path) and watched.silence() > self._patience.silence:
+                logger.warning(
+                    "going on without the lock %s: %s gives no sign of life; when it is known to have ended, %s may be"
+                    " removed",
+                    *(path, _who(path), _coordination(path)),
+                )
                 return
             if now - said > _SAY_EVERY:
                 said = now
-                logger.info("waiting for the lock %s, held by another process", path)
+                logger.info("waiting for the lock %s, held by %s", path, _who(path))
+
+    def _may_be_silent(self, path: Path) -> bool:
+        """Whether the holder would give signs of life; huggingface_hub gives none."""
+        return not self.exclusion.by_flock or (self.exclusion.noted and _note_of(path).exists())
 
     def _acquired(self, path: Path, timeout: float) -> bool:
         """Whether there is nobody to wait for: the lock is ours now, or cannot be had at all."""
-        # Without flock no soft lock instead: its file would outlive a killed job, and the next one would wait for
-        # nobody.
-        lock = FileLock(path, mode=0o664, fallback_to_soft=False, thread_local=False)
+        lock = self._lock(path)
         try:
             make_folder(path.parent)
+            if isinstance(lock, StrictSoftFileLock):
+                _break_dead(lock, _note_of(path))
             lock.acquire(timeout=timeout, poll_interval=0.05)
         except Timeout:
             return False
-        except (NotImplementedError, OSError) as error:
-            # ENOSYS and ENOLCK (Lustre without -o flock, some NFS), EACCES (another user's lock file), EROFS.
+        except (NotImplementedError, OSError, SoftFileLockProtocolError) as error:
+            # ENOLCK, EACCES (another user's lock file), EROFS, no hard links.
             logger.warning("going on without the lock %s: %s", path, error)
-        else:
-            self._locks[path] = lock
+            return True
+        self._locks[path] = lock
+        if self.exclusion.noted:
+            self._me = self._me or Holder.me().text
+            self._signs.begin(_note_of(path), self._me)
         return True
+
+    def _lock(self, path: Path) -> BaseFileLock:
+        if self.exclusion.by_flock:
+            return FileLock(path, mode=0o664, fallback_to_soft=False, thread_local=False)
+        # Not at the path that huggingface_hub uses: its own soft lock would wait there for ever.
+        return StrictSoftFileLock(_soft_path(path), mode=0o664, thread_local=False)
+
+
+def _soft_path(path: Path) -> Path:
+    return path.with_suffix(".soft")
+
+
+def _coordination(path: Path) -> Path:
+    """What `StrictSoftFileLock` keeps its claims in."""
+    return path.with_suffix(".soft.filelock")
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_suffix(".holder")
+
+
+def _who(path: Path) -> str:
+    """Name the holder of a lock, as far as it is known."""
+    return str(Holder.read(_note_of(path)) or holder_here(path) or "another process")
+
+
+def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
+    """Remove the claims of a holder of which it is proven that its process has ended."""
+    holder = Holder.read(note)
+    if holder is None or not holder.is_dead:
+        return
+    for claim in lock.claims:
+        if claim.pid == holder.pid:
+            with contextlib.suppress(FileNotFoundError):
+                lock.force_break(claim.name)
+                logger.warning("removed a claim on %s: %s has ended", lock.lock_file, holder)
+
+
+class _Watched:
+    """The note of a holder, as it changes."""
+
+    def __init__(self, note: Path) -> None:
+        self._note = note
+        self._last, self._since = self._look(), time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since anything of it changed."""
+        now = self._look()
+        if now != self._last:
+            self._last, self._since = now, time.monotonic()
+        return time.monotonic() - self._since
+
+    def _look(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            seen = self._note.stat()
+            return seen.st_mtime_ns, seen.st_ino
+        return None
+
+
+@dataclass
+class _Signs:
+    """Says beside each lock who holds it, and touches what it said as long as it does."""
+
+    every: float
+    _notes: set[Path] = field(default_factory=set)
+    _ended: threading.Event | None = None
+
+    def begin(self, note: Path, text: str) -> None:
+        with contextlib.suppress(OSError):
+            write_whole(note, text)
+            os.utime(note)
+        self._notes.add(note)
+        if self._ended is None:
+            self._ended = threading.Event()
+            threading.Thread(target=self._run, args=(self._ended,), name="weightferry-holds", daemon=True).start()
+
+    def end(self, note: Path) -> None:
+        if note in self._notes:
+            self._notes.discard(note)
+            with contextlib.suppress(OSError):
+                note.unlink()
+        if not self._notes and self._ended:
+            self._ended.set()
+            self._ended = None
+
+    def _run(self, ended: threading.Event) -> None:
+        while not ended.wait(self.every):
+            for note in list(self._notes):
+                with contextlib.suppress(OSError):
+                    os.utime(note)  # which makes none anew that `end` has removed

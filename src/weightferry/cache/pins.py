@@ -16,6 +16,7 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.rights import follow, make_folder
+from weightferry.cluster.flock import try_flock
 from weightferry.manifest import Manifest
 
 _LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
@@ -51,7 +52,7 @@ def use(lock: Path, check: Callable[[], None]) -> None:
         except OSError:
             return
         try:
-            while not _flock(descriptor, fcntl.LOCK_SH):
+            while not try_flock(descriptor, fcntl.LOCK_SH):
                 check()
                 time.sleep(_LOOK)
         except OSError:
@@ -76,7 +77,7 @@ def alone(lock: Path) -> Iterator[bool]:
     """Yield whether nobody uses a source; if so, nobody begins to while this context lasts."""
     descriptor = _open(lock)
     try:
-        yield _flock(descriptor, fcntl.LOCK_EX)
+        yield try_flock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -116,18 +117,11 @@ def in_use(lock: Path) -> bool:
 
 
 def _open(lock: Path) -> int:
-    """Open a file to lock it, for which the right to read is enough; where there is none, it is made."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    """Open a file to lock it, for which the right to read is enough on most file systems; made where there is none."""
+    for flags in (os.O_RDWR, os.O_RDONLY):  # NFS locks for writing only what is opened for that
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            return os.open(lock, flags | os.O_CLOEXEC)
     make_folder(lock.parent)
-    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
     follow(lock)
     return descriptor
-
-
-def _flock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

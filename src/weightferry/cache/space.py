@@ -49,17 +49,18 @@ def make_room(
         return
     mine = {layout.partial_of(pinned, file) for pinned, file in files}
     with one_at_a_time(layout.space_lock, check):
-        sweep(layout, mine, settings.partial_ttl)
+        sweep(layout, mine, settings.partial_ttl, surveyor.exclusion)
         if settings.max_size:
-            _keep_below(layout, files, mine, settings)
+            _keep_below(surveyor, files, mine, settings)
         check_space(layout, files, settings.min_free)
         surveyor.take_space()
 
 
 def _keep_below(
-    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
+    surveyor: Surveyor, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
 ) -> None:
     """Evict until what a cache has, what others bring into it, and `files` are within the settings together."""
+    layout, locks = surveyor.layout, surveyor.exclusion
     needed = sum(file.size or 0 for _, file in files)
     coming = sum(one.taken for one in unfinished(layout) if one.path not in mine)
     there = os.statvfs(_existing(layout.root))
@@ -67,10 +68,10 @@ def _keep_below(
     has = total(layout)
     above = max(has + coming + needed - settings.max_size, min(short, has + coming))
     if above > 0:
-        above -= sum(removed.size for removed in evict(layout, max(0, has - above)))
+        above -= sum(removed.size for removed in evict(layout, max(0, has - above), locks))
     if above > 0:
         # Whoever wants it again reads it again: better than that this job fails.
-        for gone in drop_abandoned(layout, mine):
+        for gone in drop_abandoned(layout, mine, locks):
             above -= gone
             if above <= 0:
                 break
@@ -78,7 +79,12 @@ def _keep_below(
     if left + needed > settings.max_size:
         raise NoSpace(
             f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
-            f"(max_size): it has {_told(left)}, which are in use, on their way, pinned, or somebody else's",
+            f"(max_size): it has {_told(left)}, "
+            + (
+                "which are in use, on their way, pinned, or somebody else's"
+                if locks.by_flock
+                else f"and of nothing is it known that nobody uses it: {locks.why}"
+            ),
             subject=str(layout.root),
         )
 

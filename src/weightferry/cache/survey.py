@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.extents import Extents
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import create_whole
@@ -72,6 +73,11 @@ class Surveyor:
         self._contents = manifest.contents()
         self.runs: dict[int, list[Run]] = {}
         self._taken: set[Path] = set()
+
+    @property
+    def exclusion(self) -> Exclusion:
+        """By what others are kept out."""
+        return self._locks.exclusion
 
     def locked(self, index: int) -> bool:
         """Whether the partial data of a file is this leader's alone."""

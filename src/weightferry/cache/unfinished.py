@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.partial import discard
 from weightferry.cache.pins import alone
@@ -44,13 +45,17 @@ def unfinished(layout: CacheLayout) -> list[Unfinished]:
     return sorted(found, key=lambda one: one.written)
 
 
-def drop_abandoned(layout: CacheLayout, mine: Collection[Path], *, older: float = 0.0) -> Iterator[int]:
+def drop_abandoned(
+    layout: CacheLayout, mine: Collection[Path], locks: Exclusion, *, older: float = 0.0
+) -> Iterator[int]:
     """Remove, one after the other, partial data that nobody brings; yield its bytes.
 
     Parameters
     ----------
     mine
         Partial data with which this process goes on.
+    locks
+        Where they exclude, they tell what somebody brings.
     older
         Only what nobody has written to for so many seconds. Of data that no lock is on nobody knows whose it is: it is
         left alone unless this is given.
@@ -59,18 +64,18 @@ def drop_abandoned(layout: CacheLayout, mine: Collection[Path], *, older: float 
         if one.path in mine or time.time() - one.written < older:
             continue
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            locks = layout.locks_of_partial(one.path)
-            if (locks or older) and all(held.enter_context(alone(lock)) for lock in locks if lock.exists()):
+            known = layout.locks_of_partial(one.path) if locks.by_flock else ()
+            if (known or older) and all(held.enter_context(alone(lock)) for lock in known if lock.exists()):
                 discard(one.path)
                 yield one.taken
 
 
-def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float) -> None:
+def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float, locks: Exclusion) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds, and halves of notes and of partial data.
 
     Some may belong to somebody else: that is left.
     """
-    for _ in drop_abandoned(layout, mine, older=ttl):
+    for _ in drop_abandoned(layout, mine, locks, older=ttl):
         pass
     journals = (path for path in layout.partial.glob("*/*.journal") if not path.with_suffix("").exists())
     for half in (*journals, *layout.root.glob("verified/*/.*")):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from weightferry.cluster.control import Control
-from weightferry.cluster.domains import Domain, Meeting, Place, group, merge
+from weightferry.cluster.domains import Domain, Meeting, Met, Place, group, merge
 from weightferry.cluster.topology import boot_id
 from weightferry.errors import PlanMismatch, ranges
 from weightferry.settings import Settings
@@ -134,7 +134,7 @@ def agree(control: Control, wish: Callable[[], Wish], settings: Settings) -> tup
             askers, meet = {*agreed.caches, *agreed.folders}, partial(mine.meet, agreed, meeting)
             agreed = control.round("agree", meet, comparing.met, askers)
         finally:
-            mine.part(meeting)
+            meeting.end()
     return mine.wish, agreed
 
 
@@ -145,7 +145,6 @@ class Mine:
         self._control, self._settings = control, settings
         self._cache_dir = settings.cache_dir
         self.wish = Wish({})
-        self._met: list[Path] = []
 
     def introduce(self, wish: Callable[[], Wish]) -> Introduction:
         """Make the wish, and look at the folders."""
@@ -171,25 +170,17 @@ class Mine:
         except OSError:
             return Place(boot_id(), -1, self._control.rank)
 
-    def meet(self, agreed: Agreed, meeting: Meeting) -> tuple[int | None, int | None]:
+    def meet(self, agreed: Agreed, meeting: Meeting) -> tuple[Met | None, Met | None]:
         """Find out whose file is in this rank's cache folder, and in its folder of links; None where nobody asks."""
         rank, into = self._control.rank, self.wish.into
         cache = self._at(self._cache_dir, meeting) if rank in agreed.caches else None
         return cache, self._at(into, meeting) if into is not None and rank in agreed.folders else None
 
-    def _at(self, folder: Path, meeting: Meeting) -> int | None:
+    def _at(self, folder: Path, meeting: Meeting) -> Met | None:
         try:
-            found = meeting.at(folder, self._control.rank, self._control.check)
+            return meeting.at(folder, self._control.rank, self._control.check)
         except PermissionError:
             return None  # who cannot write here brings nothing, and makes no links
-        if found == self._control.rank:
-            self._met.append(folder)
-        return found
-
-    def part(self, meeting: Meeting) -> None:
-        """Remove the files that this rank made."""
-        for folder in self._met:
-            meeting.end(folder)
 
 
 class Comparing:
@@ -229,7 +220,7 @@ class Comparing:
         self._folders = folders
         return self._agreed
 
-    def met(self, found: Mapping[int, tuple[int | None, int | None]]) -> Agreed:
+    def met(self, found: Mapping[int, tuple[Met | None, Met | None]]) -> Agreed:
         """Join what turned out to be one folder."""
         caches = {rank: cache for rank, (cache, _) in found.items() if cache is not None}
         folders = {rank: folder for rank, (_, folder) in found.items() if folder is not None}

@@ -13,10 +13,11 @@ import errno
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, NamedTuple, TypeVar
 
+from weightferry.cluster.flock import try_flock
 from weightferry.cluster.topology import boot_id
 from weightferry.errors import CollectError, ranges
 
@@ -74,6 +75,8 @@ class Domain:
         Whether no other machine can see the folder.
     names : tuple of int
         The ranks as the job counts them.
+    excludes : bool
+        False: machines of it were seen to hold one `flock` at once.
     """
 
     leader: int
@@ -81,6 +84,7 @@ class Domain:
     host: str
     local: bool = True
     names: tuple[int, ...] = ()
+    excludes: bool = True
 
     @property
     def role(self) -> str:
@@ -98,20 +102,24 @@ def group(
     return tuple(_domain(ranks, hosts, place.local, names) for place, ranks in together.items())
 
 
-def merge(domains: Sequence[Domain], met: Mapping[int, int], names: Sequence[int] | None = None) -> tuple[Domain, ...]:
+def merge(domains: Sequence[Domain], met: Mapping[int, Met], names: Sequence[int] | None = None) -> tuple[Domain, ...]:
     """Join domains whose leaders met in one folder.
 
     Parameters
     ----------
     met
-        By leader, whose file it found; see `meet`. Leaders that are not in it met nobody.
+        By leader, whose file it found; see `Meeting`. Leaders that are not in it met nobody.
     """
     together: dict[int, list[Domain]] = {}
     for domain in domains:
-        together.setdefault(met.get(domain.leader, domain.leader), []).append(domain)
+        found = met.get(domain.leader, Met(domain.leader))
+        together.setdefault(found.maker, []).append(replace(domain, excludes=found.excludes))
     hosts = {domain.leader: domain.host for domain in domains}
     joined = [
-        _domain(sorted(rank for domain in same for rank in domain.ranks), hosts, same[0].local, names)
+        replace(
+            _domain(sorted(rank for domain in same for rank in domain.ranks), hosts, same[0].local, names),
+            excludes=all(domain.excludes for domain in same),
+        )
         for same in together.values()
     ]
     return tuple(sorted(joined, key=lambda domain: domain.leader))
@@ -123,7 +131,19 @@ def _domain(ranks: list[int], hosts: Mapping[int, str], local: bool, names: Sequ
 
 
 def is_local(folder: Path, mounts: str | None = None) -> bool:
-    """Whether the file system of an existing folder belongs to this machine alone.
+    """Whether the file system of an existing folder belongs to this machine alone; parameters as of `mount_of`."""
+    return mount_of(folder, mounts).kind in _LOCAL
+
+
+class Mount(NamedTuple):
+    """A mounted file system: its kind and its options, empty where nobody knows."""
+
+    kind: str = ""
+    options: frozenset[str] = frozenset()
+
+
+def mount_of(folder: Path, mounts: str | None = None) -> Mount:
+    """Find the file system of an existing folder.
 
     Parameters
     ----------
@@ -133,16 +153,33 @@ def is_local(folder: Path, mounts: str | None = None) -> bool:
     try:
         text = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
     except OSError:
-        return False
-    path, best, kind = os.path.realpath(folder), "", ""
+        return Mount()
+    path, best, found = os.path.realpath(folder), "", Mount()
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         # Spaces and the like are written in octal.
         point = before.split(" ")[4].encode().decode("unicode_escape")
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):  # the later of two mounts at one point hides the other
-            best, kind = point, after.split(" ")[0]
-    return kind in _LOCAL
+            kind, *said = after.split(" ")
+            best, found = point, Mount(kind, frozenset(",".join([*said[-1:], before.split(" ")[5]]).split(",")))
+    return found
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a leader found in its folder.
+
+    Attributes
+    ----------
+    maker : int
+        The rank that made the file.
+    excludes : bool
+        Whether the lock of its maker kept this rank out.
+    """
+
+    maker: int
+    excludes: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,18 +197,14 @@ class Meeting:
 
     token: str
     patience: float
+    _made: dict[Path, IO[str]] = field(default_factory=dict, compare=False)
 
     def file(self, folder: Path) -> Path:
         """The file that is made in `folder`, and removed by whoever made it."""
         return folder / f".weightferry-{self.token}"
 
-    def at(self, folder: Path, rank: int, check: Callable[[], None]) -> int:
-        """Make the file, or read who made it.
-
-        Returns
-        -------
-        int
-            The rank that did.
+    def at(self, folder: Path, rank: int, check: Callable[[], None]) -> Met:
+        """Make the file and lock it, or read who made it, and see whether that lock excludes.
 
         Raises
         ------
@@ -180,11 +213,14 @@ class Meeting:
         """
         file = self.file(folder)
         try:
-            with file.open("x") as made:
-                made.write(f"{rank}\n")
+            made = self._made[folder] = file.open("x")
         except FileExistsError:
-            return self._read(file, check)
-        return rank
+            return Met(self._read(file, check), _is_locked(file))
+        with contextlib.suppress(OSError):
+            try_flock(made.fileno())
+        made.write(f"{rank}\n")
+        made.flush()
+        return Met(rank)
 
     def _read(self, file: Path, check: Callable[[], None]) -> int:
         def look() -> int:
@@ -202,10 +238,23 @@ class Meeting:
                 subject=str(file),
             ) from error
 
-    def end(self, folder: Path) -> None:
-        """Remove the file."""
-        with contextlib.suppress(OSError):
-            self.file(folder).unlink()
+    def end(self) -> None:
+        """Remove the files that were made here."""
+        while self._made:
+            folder, made = self._made.popitem()
+            made.close()
+            with contextlib.suppress(OSError):
+                self.file(folder).unlink()
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        with file.open("r+") as opened:
+            return not try_flock(opened.fileno())
+    except PermissionError:
+        return True  # who cannot write here takes no locks
+    except OSError:
+        return False
 
 
 def await_visible(look: Callable[[], T], path: Path, patience: float, check: Callable[[], None]) -> T:

@@ -24,6 +24,8 @@ class DomainReport:
         Bytes that the leader read from the origin (those of broken attempts too), and from and to other leaders.
     cached_bytes
         Bytes that were there already.
+    locks
+        By what the leaders of other jobs were kept out of its cache: ``flock``, or files, and why.
     seconds
         Of the leader, by phase, waiting for the others included.
     """
@@ -35,6 +37,7 @@ class DomainReport:
     peer_bytes_in: int = 0
     peer_bytes_out: int = 0
     cached_bytes: int = 0
+    locks: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
