@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from weightferry.cache.exclusion import exclusion
 from weightferry.cache.layout import CacheLayout
@@ -16,7 +17,8 @@ from weightferry.cache.space import make_room
 from weightferry.cache.survey import Survey, Surveyor
 from weightferry.cluster.agree import Agreed
 from weightferry.cluster.control import Control
-from weightferry.manifest import Manifest
+from weightferry.manifest import File, Manifest, Pinned
+from weightferry.origins.hub_folders import blob_in, is_offline, users_folder
 from weightferry.report.progress import shown
 from weightferry.settings import Settings
 from weightferry.transfer.bring import Brought, bring
@@ -39,12 +41,15 @@ class Delivered:
         The files that were whole, by their place in `Manifest.staged()`, with their SHA-256 or an empty text.
     brought : Brought
         All transfers together.
+    places : mapping of Path to Path
+        By where content would be in the cache, where it is instead, in a tier.
     locks : str
         By what others were kept out: ``flock``, or why not by that.
     """
 
     held: Mapping[int, str] = field(default_factory=dict)
     brought: Brought = field(default_factory=Brought)
+    places: Mapping[Path, Path] = field(default_factory=dict)
     locks: str = ""
 
 
@@ -69,7 +74,8 @@ def deliver(
     CollectError
         The same on every rank.
     """
-    surveyor = Surveyor(layout, manifest, _locks(control, agreed, layout, settings))
+    tiers = [CacheLayout(tier) for tier in settings.cache_tiers]
+    surveyor = Surveyor(layout, manifest, _locks(control, agreed, layout, settings), tiers, _users(layout))
     delivery = _Delivery(control, manifest, agreed, surveyor, settings, sure=sure)
     with contextlib.ExitStack() as over:
         over.callback(surveyor.release)
@@ -98,6 +104,18 @@ def _locks(control: Control, agreed: Agreed, layout: CacheLayout, settings: Sett
     return Locks(patience, control.check, found)
 
 
+def _users(layout: CacheLayout) -> Callable[[Pinned, File], Path | None]:
+    """Return what says where the user's Hugging Face cache would have a file; nowhere when that is this cache."""
+    folder = users_folder()
+    own = folder.resolve() == layout.hub.resolve()
+
+    def path(pinned: Pinned, file: File) -> Path | None:
+        there = not own and pinned.source.scheme == "hf" and file.checksum
+        return blob_in(folder, pinned.source, file.key) if there else None
+
+    return path
+
+
 class _Delivery:
     """The rounds of a delivery, as one rank takes part in them."""
 
@@ -115,7 +133,7 @@ class _Delivery:
         self._leaders, self._role = agreed.leaders, agreed.role(control.rank)
         self.hosts = {domain.leader: domain.host for domain in agreed.domains}
         self._who = {leader: f"rank {control.names[leader]} ({host})" for leader, host in self.hosts.items()}
-        self._asks = not sure or len(self._leaders) > 1
+        self._asks = not sure or is_offline() or len(self._leaders) > 1
         self.mine = Delivered(locks=str(surveyor.exclusion))
         self._whole: Mapping[int, str] = {}
 
@@ -133,6 +151,8 @@ class _Delivery:
             for leader in sorted(surveys, key=lambda leader: surveys[leader].cache):
                 surveys = {**surveys, **self._control.round("survey", self._wait, dict, (leader,), self._role)}
         self.mine.held = self.mine.held or self._whole
+        own = self._surveyor.layout
+        self.mine.places = {own.blob(*self._surveyor.files[i]): path for i, path in self._surveyor.places.items()}
         self._control.seconds.setdefault("transfer", 0.0)
         return surveys
 
@@ -142,10 +162,11 @@ class _Delivery:
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
         # Before anything is looked at: nobody evicts it from here on.
-        use_all(self._surveyor.layout, self._manifest, self._control.check)
+        use_all((self._surveyor.layout, *self._surveyor.tiers), self._manifest, self._control.check)
         seen = self._surveyor.survey(wait=wait, doubted=doubted)
         self._whole = seen.whole
-        missing = [index for index in range(len(self._surveyor.files)) if index not in seen.whole]
+        there = {*seen.whole, *seen.nearby}
+        missing = [index for index in range(len(self._surveyor.files)) if index not in there]
         if not seen.busy:  # else another job takes the space, and brings them
             lacking = [self._surveyor.files[index] for index in self._lacking()]
             make_room(self._surveyor, lacking, self._settings, self._control.check)

@@ -31,6 +31,9 @@ class Settings:
         Name of the group that a new cache folder is for: all in it read and write there. Empty: it is this user's
         alone, so that a gated model which one may read does not become readable to others. A folder that is there
         already keeps its own rights, which what is made in it follows. Default empty.
+    cache_tiers : tuple of Path
+        Other caches, as an administrator keeps them for all, looked at first and only read: what they hold is used
+        where it is. As a variable separated by commas; those that are not there are left out. Default none.
     connections : int
         Connections over which one leader reads at a time, at most: each time an origin says that it is too busy (HTTP
         429, 503, 529) they are halved, and grow back one by one with its answers. Default 4.
@@ -78,6 +81,7 @@ class Settings:
 
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
     cache_group: str = ""
+    cache_tiers: tuple[Path, ...] = ()
     connections: int = 4
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
@@ -122,6 +126,8 @@ class Settings:
                 values[spec.name] = _parsed(spec.name, text, str(spec.type))
         values.update({name: value for name, value in given.items() if value is not None})
         values["cache_dir"] = Path(values["cache_dir"]).expanduser().absolute()
+        tiers = values.get("cache_tiers", ())
+        values["cache_tiers"] = tuple(Path(tier).expanduser().absolute() for tier in tiers)
         return cls(**values)
 
 

@@ -13,7 +13,7 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import use_all
 from weightferry.cache.publish import note_staged, show
 from weightferry.cache.survey import is_whole
-from weightferry.cache.trust import prepare
+from weightferry.cache.trust import check, prepare
 from weightferry.cache.verified import survives_only_here
 from weightferry.cluster.agree import Agreed, Wish, agree
 from weightferry.cluster.connect import operation
@@ -22,6 +22,8 @@ from weightferry.delivery import deliver
 from weightferry.errors import BadRequest, OriginUnreachable, at
 from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.manifest import File, Manifest, Pinned
+from weightferry.origins.base import Origin, origin_for
+from weightferry.origins.hub_folders import HubFolders, is_offline, users_folder
 from weightferry.origins.locked import Lockfile
 from weightferry.origins.resolve import Resolved, resolve
 from weightferry.report.run import RunReport
@@ -139,11 +141,14 @@ def collect(
         # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
         with contextlib.suppress(OSError):
             prepare(layout, settings.cache_group)
+        for tier in settings.cache_tiers:
+            with contextlib.suppress(OSError):
+                check(CacheLayout(tier))
         return _outside_cache(wish(), layout)
 
     mine, agreed = agree(control, checked, settings)
     if lockfile is None:
-        resolved = _resolve(control, agreed, settings)
+        resolved = _resolve(control, agreed, layout, settings)
     else:
         resolved = control.once("resolve", lambda: _unlock(lockfile, agreed, layout, settings, control))
     manifest, leaders = resolved.manifest, agreed.leaders
@@ -153,7 +158,7 @@ def collect(
 
     def link() -> tuple[int, ...] | None:
         if control.rank in leaders:
-            _show(layout, manifest)
+            _show(layout, manifest, delivered.places)
         if control.rank in agreed.links:
             make_links(Shown.of(replace(mine, asks=agreed.links[control.rank]), resolved, layout))
 
@@ -169,7 +174,7 @@ def collect(
         # A leader did so before it looked, and still is here. Elsewhere one lock for each of thousands of ranks would
         # be too many: there the leader's counts.
         if control.rank not in leaders and survives_only_here(layout):
-            use_all(layout, manifest, control.check)
+            use_all((layout, *map(CacheLayout, settings.cache_tiers)), manifest, control.check)
         check_readable(shown, resolved, sight)
         if control.rank not in leaders:
             return None
@@ -187,18 +192,21 @@ def _unlock(path: Path, agreed: Agreed, layout: CacheLayout, settings: Settings,
 
     def held(pinned: Pinned, file: File) -> bytes | None:
         # Its checksum is compared where it is staged.
-        return layout.blob(pinned, file).read_bytes() if is_whole(layout, pinned, file) else None
+        caches = (layout, *map(CacheLayout, settings.cache_tiers))
+        there = next((cache for cache in caches if is_whole(cache, pinned, file)), None)
+        return there.blob(pinned, file).read_bytes() if there else None
 
     return resolve(agreed.asks, settings, control, Lockfile.load(path).origins(held))
 
 
-def _resolve(control: Control, agreed: Agreed, settings: Settings) -> Resolved:
+def _resolve(control: Control, agreed: Agreed, layout: CacheLayout, settings: Settings) -> Resolved:
     """Ask the origins on rank 0; when there is no way to them from there, on the leaders: one gateway is enough."""
     elsewhere = len(agreed.leaders) > 1
+    origins = _origins(layout, settings)
 
     def ask() -> Resolved | None:
         try:
-            return resolve(agreed.asks, settings, control, elsewhere=elsewhere)
+            return resolve(agreed.asks, settings, control, origins, elsewhere=elsewhere)
         except OriginUnreachable:
             if not elsewhere:
                 raise
@@ -212,7 +220,14 @@ def _resolve(control: Control, agreed: Agreed, settings: Settings) -> Resolved:
         others = [leader for leader in agreed.leaders if leader != 0]
         resolved = control.round("resolve", ask, first, others, agreed.role(control.rank))
     # Nobody gets there: rank 0 tries for as long as the settings say, and tells why not.
-    return resolved or control.once("resolve", lambda: resolve(agreed.asks, settings, control))
+    return resolved or control.once("resolve", lambda: resolve(agreed.asks, settings, control, origins))
+
+
+def _origins(layout: CacheLayout, settings: Settings) -> Callable[[str, Settings], Origin]:
+    if not is_offline():
+        return origin_for
+    caches = (layout, *map(CacheLayout, settings.cache_tiers))
+    return HubFolders.instead_of_the_hub([*(cache.hub for cache in caches), users_folder()])
 
 
 def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:
@@ -221,10 +236,10 @@ def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:
     return wish
 
 
-def _show(layout: CacheLayout, manifest: Manifest) -> None:
+def _show(layout: CacheLayout, manifest: Manifest, places: Mapping[Path, Path]) -> None:
     """Let the snapshots show what was published."""
     for pinned in manifest.sources:
         if not pinned.in_place:
             with at(phase="publish", subject=pinned.name):
-                show(layout, pinned)
+                show(layout, pinned, places)
             note_staged(layout, pinned)

@@ -24,6 +24,7 @@ class Part:
     """
 
     origin_bytes: int
+    copied_bytes: int
     peer_bytes_in: int
     peer_bytes_out: int
     cached_bytes: int
@@ -46,6 +47,7 @@ class Part:
         sha256 = {index: known[first] for index, first in enumerate(manifest.same_as) if first in known}
         return cls(
             brought.origin_bytes,
+            brought.copied_bytes,
             brought.peer_bytes_in,
             brought.peer_bytes_out,
             there,
@@ -76,6 +78,7 @@ def summarise(
                 leader_rank=domain.names[0],
                 ranks=list(domain.names),
                 origin_bytes=part.origin_bytes,
+                copied_bytes=part.copied_bytes,
                 peer_bytes_in=part.peer_bytes_in,
                 peer_bytes_out=part.peer_bytes_out,
                 cached_bytes=part.cached_bytes,
@@ -88,6 +91,7 @@ def summarise(
         "bytes": sum(sizes),
         "files": len(sizes),
         "origin_bytes": sum(domain.origin_bytes for domain in domains),
+        "copied_bytes": sum(domain.copied_bytes for domain in domains),
         "peer_bytes": sum(domain.peer_bytes_in for domain in domains),
         "cached_bytes": sum(domain.cached_bytes for domain in domains),
         "seconds": round(seconds, 4),

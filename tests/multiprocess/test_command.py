@@ -39,14 +39,22 @@ def check_report(report: dict[str, Any], commit: str) -> None:
     assert (report["schema"], report["operation"], report["ranks"], report["nodes"]) == (1, "stage", 4, 2)
     total = report["total"]
     assert total.pop("seconds") > 0
-    assert total == {"bytes": TOTAL, "files": 2, "origin_bytes": TOTAL, "peer_bytes": TOTAL, "cached_bytes": 0}
+    moved = {"origin_bytes": TOTAL, "copied_bytes": 0, "peer_bytes": TOTAL, "cached_bytes": 0}
+    assert total == {"bytes": TOTAL, "files": 2, **moved}
     for domain, ranks in zip(report["domains"], ([0, 1], [2, 3]), strict=True):
         seconds = domain.pop("seconds")
         assert {"agree", "resolve", "survey", "transfer", "link"} <= set(seconds)
         assert min(seconds.values()) >= 0
         assert domain.pop("origin_bytes") + domain["peer_bytes_in"] == TOTAL
         assert domain.pop("peer_bytes_in") + domain.pop("peer_bytes_out") == TOTAL
-        assert domain == {"host": HOST, "leader_rank": ranks[0], "ranks": ranks, "cached_bytes": 0, "locks": "flock"}
+        assert domain == {
+            "host": HOST,
+            "leader_rank": ranks[0],
+            "ranks": ranks,
+            "cached_bytes": 0,
+            "copied_bytes": 0,
+            "locks": "flock",
+        }
     manifest = report["manifest"]
     assert (manifest["source"], manifest["commit"]) == ("hf://org/model", commit)
     said = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}

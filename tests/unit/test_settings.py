@@ -13,10 +13,11 @@ from weightferry.settings import Settings
 
 
 def test_every_field_has_a_variable() -> None:
-    names = [spec.name for spec in fields(Settings) if spec.name != "cache_dir"]
+    names = [spec.name for spec in fields(Settings) if spec.name not in ("cache_dir", "cache_tiers")]
     # 7 would be a beat_interval of more than half the beat_timeout: 40 + place keeps them apart.
     variables = {f"WEIGHTFERRY_{name.upper()}": 40 + place for place, name in enumerate(names)}
     variables |= {"WEIGHTFERRY_BEAT_INTERVAL": 2, "WEIGHTFERRY_CACHE_DIR": "/cache"}  # type: ignore[dict-item]
+    variables |= {"WEIGHTFERRY_CACHE_TIERS": "/sw/weights,~/mine"}  # type: ignore[dict-item]
     read = Settings.from_environ(environ(**variables))
     for name in names:
         assert str(getattr(read, name)).strip("(',)").removesuffix(".0") == str(
@@ -24,6 +25,7 @@ def test_every_field_has_a_variable() -> None:
         )
         assert isinstance(getattr(read, name), type(getattr(Settings(), name))), name
     assert read.cache_dir == Path("/cache")
+    assert read.cache_tiers == (Path("/sw/weights"), Path.home() / "mine")
 
 
 def test_the_caller_wins_and_none_says_nothing() -> None:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
@@ -25,11 +25,12 @@ _held: dict[Path, int] = {}
 _holding = threading.Lock()
 
 
-def use_all(layout: CacheLayout, manifest: Manifest, check: Callable[[], None]) -> None:
-    """Note that this process uses every source of a manifest that is in the cache; see `use`."""
-    for pinned in manifest.sources:
-        if not pinned.in_place:
-            use(layout.used_lock(layout.repo(pinned).name), check)
+def use_all(layouts: Iterable[CacheLayout], manifest: Manifest, check: Callable[[], None]) -> None:
+    """Note that this process uses every source of a manifest that is in these caches; see `use`."""
+    for layout in layouts:
+        for pinned in manifest.sources:
+            if not pinned.in_place:
+                use(layout.used_lock(layout.repo(pinned).name), check)
 
 
 def use(lock: Path, check: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
@@ -49,13 +50,20 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
     logger.info("published %s/%s", pinned.name, file.path)
 
 
-def show(layout: CacheLayout, pinned: Pinned) -> None:
-    """Make the snapshot show every wanted file of `pinned`, and its branch point to the commit."""
+def show(layout: CacheLayout, pinned: Pinned, places: Mapping[Path, Path] | None = None) -> None:
+    """Make the snapshot show every wanted file of `pinned`, and its branch point to the commit.
+
+    Parameters
+    ----------
+    places
+        By where content would be, where it is instead, in another cache.
+    """
     for file in pinned.files:
         pointer = layout.pointer(pinned, file)
         blob = layout.blob(pinned, file)
         make_folder(pointer.parent)
-        point(pointer, os.path.relpath(blob, pointer.parent))
+        # Relative within the cache, which may be moved or mounted elsewhere.
+        point(pointer, (places or {}).get(blob) or os.path.relpath(blob, pointer.parent))
     ref = layout.ref(pinned)
     if ref is not None:
         write_whole(ref, pinned.commit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class Survey:
         Names the cache folder, the same for every job that uses it; empty where nothing was missing.
     unreachable : mapping of int to CollectError
         The sources, by their place in the manifest, that the leader cannot read from, and why.
+    nearby : frozenset of int
+        Missing files that the user's Hugging Face cache seems to hold, as the leader sees it.
     """
 
     whole: Mapping[int, str] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Survey:
     busy: bool = False
     cache: str = ""
     unreachable: Mapping[int, CollectError] = field(default_factory=dict)
+    nearby: frozenset[int] = frozenset()
 
 
 class Surveyor:
@@ -65,14 +68,35 @@ class Surveyor:
         What is wanted.
     locks
         Released by whoever made them.
+    tiers
+        Other caches, looked at first and only read.
+    users
+        Says where the user's Hugging Face cache would have a file.
+
+    Attributes
+    ----------
+    places : dict of int to Path
+        Where the content is of files that a tier holds.
+    nearby : dict of int to Path
+        Where the user's Hugging Face cache seems to have missing files.
     """
 
-    def __init__(self, layout: CacheLayout, manifest: Manifest, locks: Locks) -> None:
-        self.layout, self._locks = layout, locks
+    def __init__(
+        self,
+        layout: CacheLayout,
+        manifest: Manifest,
+        locks: Locks,
+        tiers: Sequence[CacheLayout] = (),
+        users: Callable[[Pinned, File], Path | None] = lambda *_: None,
+    ) -> None:
+        self.layout, self._locks, self.tiers, self._users = layout, locks, tiers, users
         self.files = list(manifest.staged())
         self._contents = manifest.contents()
         self.runs: dict[int, list[Run]] = {}
+        self.places: dict[int, Path] = {}
+        self.nearby: dict[int, Path] = {}
         self._taken: set[Path] = set()
+        self._doubted: set[int] = set()
 
     @property
     def exclusion(self) -> Exclusion:
@@ -95,6 +119,7 @@ class Surveyor:
         """
         for index in doubted:
             self._doubt(index)
+        self._doubted.update(doubted)
         whole = self._whole()
         wanted = self._lock_paths(whole)
         if wait:
@@ -104,10 +129,17 @@ class Surveyor:
             whole = self._whole()  # what others brought before their lock became ours
         self._locks.release(wanted - self._lock_paths(whole))
         self.runs = {index: self._runs_of(index) for index in self._contents if index not in whole}
+        self.nearby = {index: path for index in self.runs if (path := self._nearby(index))}
         parts = {index: Extents((run.start, run.stop) for run in runs) for index, runs in self.runs.items() if runs}
         # Named also where nobody was in the way: else two jobs, each in the other's way on one node, would wait for
         # their nodes in opposite orders, and for ever.
-        return Survey(whole, parts, bool(busy) and not wait, identity(self.layout) if wanted else "")
+        return Survey(
+            whole,
+            parts,
+            bool(busy) and not wait,
+            identity(self.layout) if wanted else "",
+            nearby=frozenset(self.nearby),
+        )
 
     def take_space(self) -> None:
         """Take the space of the big files that are missing: before anybody reads, and so that other jobs see it.
@@ -135,14 +167,33 @@ class Surveyor:
         self._taken.clear()
         self._locks.release()
 
+    def place(self, index: int) -> Path:
+        """Where the content of a file is, or will be."""
+        return self.places.get(index) or self.layout.blob(*self.files[index])
+
     def _whole(self) -> dict[int, str]:
         found = {}
         for index, (pinned, file) in enumerate(self.files):
-            if is_whole(self.layout, pinned, file):
-                digest = known_sha256(self.layout, pinned, file)
+            # Nothing takes what is doubted out of a tier.
+            tiers = () if index in self._doubted else self.tiers
+            for layout in (*tiers, self.layout):
+                digest = known_sha256(layout, pinned, file, self.layout) if is_whole(layout, pinned, file) else None
                 if digest is not None:
                     found[index] = digest
+                    if layout is not self.layout:
+                        self.places[index] = layout.blob(pinned, file)
+                    break
+            else:
+                self.places.pop(index, None)
         return found
+
+    def _nearby(self, index: int) -> Path | None:
+        pinned, file = self.files[index]
+        path = self._users(pinned, file)
+        with contextlib.suppress(OSError):
+            if path and index not in self._doubted and file.size == path.stat().st_size:
+                return path
+        return None
 
     def _lock_paths(self, whole: Mapping[int, str]) -> set[Path]:
         missing = [self.files[index] for index in self._contents if index not in whole]
@@ -186,23 +237,29 @@ def is_whole(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
     return stat.S_ISREG(there.st_mode) and file.size in (None, there.st_size)
 
 
-def known_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
+def known_sha256(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> str | None:
     """Return the SHA-256 of a whole file: what the manifest says, or what was noted, or by reading it.
 
     A big file is read only when it changed since it was last found right. None when it is not what the manifest, or for
     an origin without checksums the note of its transfer, promises; empty when nobody knows.
+
+    Parameters
+    ----------
+    notes
+        The cache in which it is noted that a big file was found right; None: `layout`, whose notes count in any case.
     """
+    notes = notes or layout
     promised = file.checksum.hexdigest if file.checksum and file.checksum.algorithm == "sha256" else ""
     noted = promised or ("" if file.checksum else _noted_sha256(layout, pinned, file))
     big = (file.size or layout.blob(pinned, file).stat().st_size) > _CHEAP
-    if big and noted and is_verified(layout, pinned, file):
+    if big and noted and (is_verified(layout, pinned, file) or is_verified(layout, pinned, file, notes)):
         return noted
     if not noted and not file.checksum:
         return ""
     hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
     right = hashes.right and noted in ("", hashes.sha256)
     if big and noted and right:
-        note_verified(layout, pinned, file)
+        note_verified(layout, pinned, file, notes)
     return hashes.sha256 if right else None
 
 

@@ -35,13 +35,23 @@ def prepare(layout: CacheLayout, group: str = "") -> None:
     OSError
         It cannot be made.
     """
+    try:
+        check(layout)
+    except FileNotFoundError:
+        _make(layout.root, group)
+
+
+def check(layout: CacheLayout) -> None:
+    """Check the path of a cache that is there; errors as of `prepare`.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not.
+    """
     root = layout.root
     _check_links(root)
-    try:
-        seen = root.stat()
-    except FileNotFoundError:
-        _make(root, group)
-        return
+    seen = root.stat()
     mode = seen.st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise BadRequest(

@@ -21,17 +21,24 @@ from weightferry.cluster.topology import boot_id
 from weightferry.manifest import File, Pinned
 
 
-def is_verified(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
-    """Whether the content was found right before, and nothing shows that it changed since."""
+def is_verified(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> bool:
+    """Whether the content was found right before, and nothing shows that it changed since.
+
+    Parameters
+    ----------
+    notes
+        The cache whose notes are read; None: `layout`.
+    """
     with contextlib.suppress(OSError, ValueError):
-        return layout.verified_note(pinned, file).read_text() == _state(layout, layout.blob(pinned, file))
+        note = (notes or layout).verified_note(pinned, file)
+        return note.read_text() == _state(layout, layout.blob(pinned, file))
     return False
 
 
-def note_verified(layout: CacheLayout, pinned: Pinned, file: File) -> None:
+def note_verified(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> None:
     """Note that the content was found right; a cache that cannot be written to is hashed again next time."""
     with contextlib.suppress(OSError):
-        write_whole(layout.verified_note(pinned, file), _state(layout, layout.blob(pinned, file)))
+        write_whole((notes or layout).verified_note(pinned, file), _state(layout, layout.blob(pinned, file)))
 
 
 def _state(layout: CacheLayout, blob: Path) -> str:

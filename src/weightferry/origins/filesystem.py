@@ -36,18 +36,24 @@ class FilesystemOrigin:
     @contextlib.contextmanager
     def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
-        at = Path(pinned.source.root) / path
-        with contextlib.ExitStack() as opened:
-            with _translated(at):
-                file = opened.enter_context(at.open("rb"))
-            file.seek(start)
-            yield _chunks(file.read, None if stop is None else stop - start)
+        with read_file(Path(pinned.source.root) / path, start, stop) as chunks:
+            yield chunks
 
     def reach(self, source: Source) -> None:
         """See `Origin.reach`; every rank looks at its own folders anyway."""
 
     def close(self) -> None:
         """See `Origin.close`."""
+
+
+@contextlib.contextmanager
+def read_file(at: Path, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    """Open bytes `start` to `stop` of a file; errors as of `Origin.read`."""
+    with contextlib.ExitStack() as opened:
+        with _translated(at):
+            file = opened.enter_context(at.open("rb"))
+        file.seek(start)
+        yield _chunks(file.read, None if stop is None else stop - start)
 
 
 def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:

@@ -14,9 +14,10 @@ from weightferry._version import __version__
 from weightferry.errors import OriginError, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned
-from weightferry.origins.base import closest, reject_climbing
+from weightferry.origins.base import Unreachable, closest, reject_climbing
 from weightferry.origins.hub_content import HubContent, content_url, headers
 from weightferry.origins.hub_errors import denied, hub_errors
+from weightferry.origins.hub_folders import is_offline
 from weightferry.origins.ranged import Wanted, translated
 from weightferry.origins.transport import timeouts
 from weightferry.settings import Settings
@@ -64,6 +65,8 @@ class HubOrigin:
     def reach(self, source: Source) -> None:
         """See `Origin.reach`; a file that is not there tells as much as one that is: the Hub looks at rights first."""
         subject = str(source)
+        if is_offline():
+            raise Unreachable("HF_HUB_OFFLINE is set", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
         options = {"headers": headers(token=True), "follow_redirects": False, "timeout": self._timeouts}
         with translated(subject), hub_errors(source, subject), get_session().stream("GET", url, **options) as response:

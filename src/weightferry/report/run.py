@@ -20,8 +20,9 @@ class DomainReport:
     ----------
     host, leader_rank, ranks
         Who.
-    origin_bytes, peer_bytes_in, peer_bytes_out
-        Bytes that the leader read from the origin (those of broken attempts too), and from and to other leaders.
+    origin_bytes, copied_bytes, peer_bytes_in, peer_bytes_out
+        Bytes that the leader read from the origin (those of broken attempts too), from the user's Hugging Face cache,
+        and from and to other leaders.
     cached_bytes
         Bytes that were there already.
     locks
@@ -36,6 +37,7 @@ class DomainReport:
     origin_bytes: int = 0
     peer_bytes_in: int = 0
     peer_bytes_out: int = 0
+    copied_bytes: int = 0
     cached_bytes: int = 0
     locks: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -52,8 +54,8 @@ class RunReport:
     ranks, nodes
         How many.
     total
-        ``bytes`` and ``files`` of the manifest once; ``origin_bytes``, ``peer_bytes`` and ``cached_bytes`` of all
-        domains together; ``seconds`` of rank 0 from call to return.
+        ``bytes`` and ``files`` of the manifest once; ``origin_bytes``, ``copied_bytes``, ``peer_bytes`` and
+        ``cached_bytes`` of all domains together; ``seconds`` of rank 0 from call to return.
     domains
         One each.
     manifest

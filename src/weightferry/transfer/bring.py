@@ -32,6 +32,8 @@ class Brought:
         Bytes that came from the origin, those of broken attempts included.
     peer_bytes_in, peer_bytes_out : int
         Bytes that came from the left neighbour, and that went to the right one.
+    copied_bytes : int
+        Bytes that came from the user's Hugging Face cache.
     sha256 : mapping of int to str
         Of the files that were published, by their place in `Manifest.staged()`.
     wrong : mapping of int to Wrong
@@ -43,6 +45,7 @@ class Brought:
     peer_bytes_out: int = 0
     sha256: Mapping[int, str] = field(default_factory=dict)
     wrong: Mapping[int, Wrong] = field(default_factory=dict)
+    copied_bytes: int = 0
 
     def __add__(self, later: Brought) -> Brought:
         return Brought(
@@ -51,6 +54,7 @@ class Brought:
             self.peer_bytes_out + later.peer_bytes_out,
             {**self.sha256, **later.sha256},
             later.wrong,
+            self.copied_bytes + later.copied_bytes,
         )
 
 
@@ -95,4 +99,5 @@ def bring(
 
             left.enter_context(join(orders, stock, passing, settings, control, course))
         course.wait()
-    return Brought(course.origin_bytes, course.peer_bytes_in, course.peer_bytes_out, course.sha256, course.wrong)
+    moved = (course.origin_bytes, course.peer_bytes_in, course.peer_bytes_out)
+    return Brought(*moved, course.sha256, course.wrong, course.copied_bytes)

@@ -44,7 +44,7 @@ class Course:
 
     Attributes
     ----------
-    origin_bytes, peer_bytes_in, peer_bytes_out : int
+    origin_bytes, copied_bytes, peer_bytes_in, peer_bytes_out : int
         What has moved so far.
     sha256, wrong : dict
         What became of the files that have come.
@@ -54,7 +54,7 @@ class Course:
 
     def __init__(self, control: Control, lacking: Iterable[int]) -> None:
         self._control, self._awaited = control, set(lacking)
-        self.origin_bytes = self.peer_bytes_in = self.peer_bytes_out = 0
+        self.origin_bytes = self.copied_bytes = self.peer_bytes_in = self.peer_bytes_out = 0
         self.sha256: dict[int, str] = {}
         self.wrong: dict[int, Wrong] = {}
         self.stop = threading.Event()
@@ -107,6 +107,12 @@ class Course:
         """Count bytes from the origin."""
         with self._changed:
             self.origin_bytes += count
+        self._control.moved(count)
+
+    def copied(self, count: int) -> None:
+        """Count bytes from the user's Hugging Face cache."""
+        with self._changed:
+            self.copied_bytes += count
         self._control.moved(count)
 
     def received(self, count: int) -> None:

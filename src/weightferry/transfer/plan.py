@@ -114,12 +114,12 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
     """
     files = [file for _, file in manifest.staged()]
     wanted = [i for i in manifest.contents() if any(i not in held.whole for held in surveys.values())]
-    able = sum(1 for held in surveys.values() if not held.unreachable)
+    able = sum(1 for held in surveys.values() if held.nearby or not held.unreachable)
     pieces = cut(
         files,
         wanted,
         able,
-        lambda index: tuple(index in held.whole for held in surveys.values()),
+        lambda index: tuple((index in held.whole, index in held.nearby) for held in surveys.values()),
         lambda index: {edge for held in surveys.values() for span in held.parts.get(index, ()) for edge in span},
     )
     lacks = {
@@ -144,7 +144,7 @@ def _check_readable(manifest: Manifest, surveys: Mapping[int, Survey], indices: 
     lost = [
         index
         for index in dict.fromkeys(indices)
-        if all(manifest.source_of(index) in held.unreachable for held in surveys.values())
+        if not any(_may_read(held, manifest.source_of(index), (index,)) for held in surveys.values())
     ]
     if lost:
         why = next(iter(surveys.values())).unreachable[manifest.source_of(lost[0])]
@@ -153,9 +153,14 @@ def _check_readable(manifest: Manifest, surveys: Mapping[int, Survey], indices: 
 
 
 def _reader(piece: Piece, source: int, surveys: Mapping[int, Survey], load: Mapping[int, int]) -> int:
-    """Choose among those that reach the source: who has most of it already, then who has least to read."""
-    able = [leader for leader, held in surveys.items() if source not in held.unreachable]
+    """Choose among those that may read it, best near by: who has most of it already, then who has least to read."""
+    near = [leader for leader, held in surveys.items() if held.nearby.issuperset(piece.files)]
+    able = near or [leader for leader, held in surveys.items() if _may_read(held, source, piece.files)]
     return min(able, key=lambda leader: (-_held(surveys[leader], piece), load[leader]))
+
+
+def _may_read(held: Survey, source: int, files: Sequence[int]) -> bool:
+    return source not in held.unreachable or held.nearby.issuperset(files)
 
 
 def _holds(held: Survey, piece: Piece) -> bool:

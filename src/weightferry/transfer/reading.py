@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import TypeVar
 
 from weightferry.errors import CollectError, OriginUnreachable, at
 from weightferry.manifest import Manifest
 from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
+from weightferry.origins.hub_folders import HubFolders, users_folder
 from weightferry.settings import Settings
 from weightferry.transfer.course import Course
 from weightferry.transfer.fetch import Fetcher
 from weightferry.transfer.lanes import Lanes
 from weightferry.transfer.pieces import Piece
 from weightferry.transfer.stock import Stock
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Reading:
@@ -44,6 +51,7 @@ class Reading:
         self._stock, self._noted, self._settings, self._course = stock, noted, settings, course
         self._origins, self._fetchers = origins, dict[str, Fetcher]()
         self._pieces = deque[Piece]()
+        self._nearby: Fetcher | None = None
 
     def start(self, numbers: Sequence[int], pieces: Sequence[Piece]) -> None:
         """Begin to read these pieces, in their order."""
@@ -54,6 +62,8 @@ class Reading:
             if scheme not in self._fetchers:
                 origin = self._origins(scheme, self._settings)
                 self._fetchers[scheme] = Fetcher(origin, self._settings, self._course, lanes)
+        folders = HubFolders([users_folder()])
+        self._nearby = Fetcher(folders, self._settings, _Aside(self._course), lanes)
         for _ in range(min(self._settings.connections, len(self._pieces))):
             self._course.start("read", self._run)
 
@@ -83,16 +93,37 @@ class Reading:
     def _small(self, index: int) -> None:
         if self._stock.is_missing(index):
             pinned, file = self._stock.files[index]
-            content, sha256 = self._fetchers[pinned.source.scheme].whole(pinned, file)
+            content, sha256 = self._read(index, lambda fetcher: fetcher.whole(pinned, file))
             self._stock.keep(index, content, sha256)
         self._noted(index)
 
     def _range(self, index: int, piece: Piece) -> None:
         arriving = self._stock.arriving[index]
-        fetcher = self._fetchers[arriving.pinned.source.scheme]
-        spans = [(piece.start, None)] if piece.stop is None else arriving.missing(piece.start, piece.stop)
-        for span in spans:
-            fetcher.range(arriving, span, lambda: self._noted(index))
+
+        def read(fetcher: Fetcher) -> None:
+            spans = [(piece.start, None)] if piece.stop is None else arriving.missing(piece.start, piece.stop)
+            for span in spans:
+                fetcher.range(arriving, span, lambda: self._noted(index))
+
+        self._read(index, read)
+
+    def _read(self, index: int, read: Callable[[Fetcher], T]) -> T:
+        """Read near by if it is there, else from its origin."""
+        pinned, file = self._stock.files[index]
+        if self._nearby and index in self._stock.nearby:
+            try:
+                return read(self._nearby)
+            except CollectError as error:
+                self._course.check()
+                logger.warning("%s/%s: %s; reading from the origin", pinned.name, file.path, error)
+        return read(self._fetchers[pinned.source.scheme])
+
+
+class _Aside:
+    """Counts bytes as copied; see `Watch`."""
+
+    def __init__(self, course: Course) -> None:
+        self.check, self.moved = course.check, course.copied
 
 
 def unreachable(

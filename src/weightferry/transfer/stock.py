@@ -46,6 +46,7 @@ class Stock:
     ) -> None:
         self._surveyor, self._layout, self.files = surveyor, surveyor.layout, surveyor.files
         self._pieces, self._ended = pieces, ended
+        self.nearby = surveyor.nearby
         self._lock = Lock()
         self._missing = set(lacking)
         self._private: list[Arriving] = []
@@ -97,7 +98,7 @@ class Stock:
         return self.arriving[piece.files[0]].size
 
     def _blob_size(self, index: int) -> int:
-        return self._layout.blob(*self.files[index]).stat().st_size
+        return self._surveyor.place(index).stat().st_size
 
     def has(self, piece: Piece, start: int, stop: int) -> bool:
         """Whether bytes `start` to `stop` of a piece are there, to be passed on."""
@@ -113,7 +114,7 @@ class Stock:
         begin = frame.start % mmap.ALLOCATIONGRANULARITY  # a mapping starts with a page, a frame anywhere
         length, offset = begin + frame.stop - frame.start, frame.start - begin
         if arriving is None:
-            descriptor = os.open(self._layout.blob(*self.files[index]), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._surveyor.place(index), os.O_RDONLY | os.O_CLOEXEC)
         else:
             descriptor = arriving.open(os.O_RDWR)
             if arriving.file.size is None and os.fstat(descriptor).st_size < frame.stop:
@@ -135,7 +136,7 @@ class Stock:
 
     def bundle(self, piece: Piece) -> bytes:
         """Read the files of a bundle, one after the other."""
-        return b"".join(self._layout.blob(*self.files[index]).read_bytes() for index in piece.files)
+        return b"".join(self._surveyor.place(index).read_bytes() for index in piece.files)
 
     def unbundle(self, piece: Piece, content: memoryview, sender: str) -> None:
         """Publish the files of a bundle that came from a peer.

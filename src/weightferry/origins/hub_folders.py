@@ -1,0 +1,135 @@
+"""Hugging Face caches as an origin: what they hold is read there before the network is, or instead of it.
+
+huggingface_hub reads its variables when its constants are imported: not before somebody asks for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from weightferry.errors import OriginUnreachable, SourceNotFound
+from weightferry.hashing import Checksum
+from weightferry.manifest import File, Pinned
+from weightferry.origins.base import Origin, Unreachable, closest, origin_for
+from weightferry.origins.filesystem import read_file
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+_DEFAULT_REVISION = "main"  # huggingface_hub's own
+_DIGITS = {64: "sha256", 40: "git-sha1"}
+
+
+def is_offline() -> bool:
+    """Whether the user wants no request to the Hub: ``HF_HUB_OFFLINE``."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def users_folder() -> Path:
+    """The Hugging Face cache of this user: ``HF_HUB_CACHE``."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def blob_in(hub: Path, source: Source, key: str) -> Path:
+    """Where a Hugging Face cache has content of a repository."""
+    return _repo_in(hub, source) / "blobs" / key
+
+
+def _repo_in(hub: Path, source: Source) -> Path:
+    # huggingface_hub's `repo_folder_name`
+    return hub / "--".join([f"{source.repo_type}s", *source.root.split("/")])
+
+
+class HubFolders:
+    """An origin of what Hugging Face caches hold; see `Origin`.
+
+    Names of content are its checksums there, so what is read is compared like what comes from the Hub.
+
+    Parameters
+    ----------
+    folders
+        In the order in which they are asked.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+
+    @classmethod
+    def instead_of_the_hub(cls, folders: Sequence[Path]) -> Callable[[str, Settings], Origin]:
+        """Return what makes origins that ask `folders` where others would ask the Hub."""
+
+        def make(scheme: str, settings: Settings) -> Origin:
+            return cls(folders) if scheme == "hf" else origin_for(scheme, settings)
+
+        return make
+
+    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+        """See `Origin.resolve`: a commit is what a snapshot shows of it, all that was ever wanted."""
+        for folder in self._folders:
+            repo = _repo_in(folder, source)
+            commit = _commit(repo, source.revision or _DEFAULT_REVISION)
+            files = _shown(repo / "snapshots" / commit) if commit else {}
+            if all(any(_is_below(name, path) for name in files) for path in paths):
+                kept = tuple(file for name, file in files.items() if any(_is_below(name, path) for path in paths))
+                return Pinned(source, commit, kept)
+        where = ", ".join(map(str, self._folders))
+        there = [name for folder in self._folders for name in _names_in(folder)]
+        raise OriginUnreachable(
+            f"HF_HUB_OFFLINE is set, and this is not in {where}{closest(source.root, there)}", subject=str(source)
+        )
+
+    def read(
+        self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """See `Origin.read`."""
+        file = pinned.file(path)
+        for folder in self._folders:
+            blob = blob_in(folder, pinned.source, file.key)
+            with contextlib.suppress(OSError):
+                if blob.stat().st_size == file.size:
+                    return read_file(blob, start, stop)
+        raise SourceNotFound("not there any more", subject=f"{pinned.name}/{path}")
+
+    def reach(self, source: Source) -> None:
+        """See `Origin.reach`: what is there was found in the survey."""
+        raise Unreachable("HF_HUB_OFFLINE is set", subject=str(source))
+
+    def close(self) -> None:
+        """See `Origin.close`."""
+
+
+def _is_below(name: str, path: str) -> bool:
+    return path in ("", name) or name.startswith(f"{path}/")
+
+
+def _commit(repo: Path, revision: str) -> str:
+    """The commit of a branch, a tag or a commit; empty when it is not there."""
+    with contextlib.suppress(OSError):
+        return (repo / "refs" / revision).read_text().strip()
+    return revision if (repo / "snapshots" / revision).is_dir() else ""
+
+
+def _shown(snapshot: Path) -> dict[str, File]:
+    files = {}
+    for above, _, names in os.walk(snapshot):
+        for name in names:
+            path = Path(above, name)
+            key = path.resolve().name
+            with contextlib.suppress(OSError, KeyError, ValueError):
+                checksum = Checksum(_DIGITS[len(key)], key)  # type: ignore[arg-type]
+                inside = path.relative_to(snapshot).as_posix()
+                files[inside] = File(inside, path.stat().st_size, checksum)
+    return dict(sorted(files.items()))
+
+
+def _names_in(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return ["/".join(entry.name.split("--")[1:]) for entry in folder.iterdir() if "--" in entry.name]
+    return []

@@ -1,0 +1,204 @@
+"""Other caches: one that an administrator keeps is used where it is, the user's own is read before the network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
+
+from tests.multiprocess import jobs
+from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
+from weightferry.cache.evict import evict
+from weightferry.cache.layout import CacheLayout
+from weightferry.errors import BadRequest, OriginUnreachable
+
+NOWHERE = "http://127.0.0.1:9"
+FILES = {"config.json": b"{}", "w/model.bin": os.urandom(3 << 20), "w/other.bin": os.urandom(2 << 20)}
+SIZE = sum(map(len, FILES.values()))
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """What is below a folder, to see whether it changed."""
+    seen = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+    return {str(path): (stat.st_mtime_ns, stat.st_size) for path, stat in seen.items()}
+
+
+def staged(nodes: Nodes, source: str = "org/model", **options: Any) -> list[dict[str, str]]:
+    (gots,) = nodes.tries(partial(jobs.stage, source, **options))
+    return [files for _, files in values(gots)]
+
+
+@pytest.fixture
+def model(nodes: Nodes) -> Nodes:
+    nodes.hub.add_repo("org/model", FILES)
+    return nodes
+
+
+class TestTier:
+    @pytest.fixture
+    def tier(self, model: Nodes) -> Path:
+        folder = model.place / "tier"
+        staged(model, cache_dir=folder)
+        model.variables["WEIGHTFERRY_CACHE_TIERS"] = f"{model.place}/none,{folder}"
+        model.hub.reset()
+        return folder
+
+    def test_it_is_used_where_it_is(self, model: Nodes, tier: Path) -> None:
+        before = tree(tier)
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == 0
+        assert tree(tier) == before
+        for rank in (0, 2):
+            hub = model.cache(rank) / "hub"
+            assert not list(hub.glob("*/blobs/*")), "nothing is copied"
+            assert scan_cache_dir(hub).warnings == []
+            found = hf_hub_download("org/model", "w/model.bin", cache_dir=hub, local_files_only=True)
+            assert Path(found).resolve().is_relative_to(tier)
+
+    def test_who_may_only_read_it(self, model: Nodes, tier: Path) -> None:
+        folders = [path for path in (tier, *tier.rglob("*")) if path.is_dir() and not path.is_symlink()]
+        for folder in folders:
+            folder.chmod(0o555)
+        (gots,) = model.tries(partial(jobs.as_nobody, partial(jobs.stage, "org/model")))
+        assert [files for _, files in values(gots)] == [sha256s(FILES)] * 4
+        for folder in folders:
+            folder.chmod(0o755)
+
+    def test_what_it_lacks_or_has_wrong_is_brought(self, model: Nodes, tier: Path) -> None:
+        (blobs,) = tier.glob("hub/*/blobs")
+        big = next(path for path in blobs.iterdir() if path.stat().st_size == 3 << 20)
+        big.write_bytes(bytes(3 << 20))
+        model.hub.add_repo("org/model", {**FILES, "config.json": b"{2}"})
+        before = tree(tier)
+        assert staged(model) == [sha256s({**FILES, "config.json": b"{2}"})] * 4
+        assert model.hub.content_bytes() == (3 << 20) + 3
+        assert tree(tier) == before
+        for rank in (0, 2):
+            assert len(check_cache(model.cache(rank))) == 2
+
+    def test_what_one_node_sees_comes_to_the_others(self, model: Nodes, tier: Path) -> None:
+        for rank in (2, 3):
+            model.by_rank[rank] = {"WEIGHTFERRY_CACHE_TIERS": ""}
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == 0
+        assert len(check_cache(model.cache(2))) == 3
+
+    def test_it_goes_away(self, model: Nodes, tier: Path) -> None:
+        staged(model)
+        shutil.rmtree(tier)
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == SIZE
+
+    def test_evicting_leaves_it_alone(self, model: Nodes, tier: Path) -> None:
+        staged(model)
+        before = tree(tier / "hub")
+        evict(CacheLayout(model.cache(0)), -1)
+        assert tree(tier / "hub") == before
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == 0
+
+    def test_one_that_anybody_may_write_to(self, model: Nodes, tier: Path) -> None:
+        tier.chmod(0o777)
+        (gots,) = model.tries(partial(jobs.stage, "org/model"))
+        failed_alike(gots, BadRequest, "agree", {0, 1, 2, 3}, "anybody may write", str(tier))
+
+
+@pytest.fixture
+def users(model: Nodes) -> Path:
+    """The user's Hugging Face cache, with the model in it, which all nodes see."""
+    folder = model.place / "huggingface" / "hub"
+    snapshot_download("org/model", cache_dir=folder, endpoint=model.hub.url)
+    model.variables["HF_HUB_CACHE"] = str(folder)
+    model.hub.reset()
+    return folder
+
+
+class TestUsersCache:
+    def test_it_is_read_before_the_network(self, model: Nodes, users: Path) -> None:
+        before = tree(users)
+        (gots,) = model.tries(partial(jobs.report, "org/model"))
+        total = values(gots)[0]["total"]
+        assert (total["copied_bytes"], total["origin_bytes"], total["peer_bytes"]) == (SIZE, 0, SIZE), "once for all"
+        assert model.hub.content_bytes() == 0
+        assert tree(users) == before
+        for rank in (0, 2):
+            assert len(check_cache(model.cache(rank))) == 3
+            assert not any(path.is_symlink() for path in model.cache(rank).glob("hub/*/blobs/*"))
+
+    def test_one_node_has_it_and_no_node_a_network(self, model: Nodes, users: Path) -> None:
+        lock = str(model.place / "weights.lock")
+        model.run(jobs.command, model.place, "prefetch", "org/model", "--lockfile", lock, world_size=1)
+        shutil.rmtree(model.cache(0))
+        model.variables["HF_ENDPOINT"] = NOWHERE
+        for rank in (0, 1):
+            model.by_rank[rank] = {"HF_HUB_CACHE": str(model.place / "empty")}
+        assert staged(model, lockfile=lock) == [sha256s(FILES)] * 4
+
+    def test_wrong_bytes_there(self, model: Nodes, users: Path) -> None:
+        for name, content in FILES.items():
+            (users / f"models--org--model/snapshots/{model.hub.commit('org/model')}/{name}").resolve().write_bytes(
+                bytes(len(content))
+            )
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == SIZE
+
+    def test_the_cache_itself_is_none(self, model: Nodes) -> None:
+        model.variables["HF_HUB_CACHE"] = str(model.cache(0) / "hub")
+        for rank in (2, 3):
+            model.by_rank[rank] = {"HF_HUB_CACHE": str(model.cache(2) / "hub")}
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.content_bytes() == SIZE
+
+
+class TestOffline:
+    @pytest.fixture(autouse=True)
+    def _offline(self, model: Nodes) -> None:
+        model.variables["HF_HUB_OFFLINE"] = "1"
+
+    def test_what_a_cache_holds(self, model: Nodes) -> None:
+        model.variables["HF_HUB_OFFLINE"] = ""
+        staged(model)
+        model.variables["HF_HUB_OFFLINE"] = "1"
+        model.hub.reset()
+        assert staged(model) == [sha256s(FILES)] * 4
+        (parts,) = model.tries(partial(jobs.collect, {"m": "org/model/w/model.bin"}))
+        assert [found["m"][1] for found in values(parts)] == [sha256s(FILES)["w/model.bin"]] * 4
+        assert model.hub.requests == []
+
+    def test_what_the_users_cache_holds(self, model: Nodes, users: Path) -> None:
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.requests == []
+
+    def test_what_only_another_node_holds(self, model: Nodes, users: Path) -> None:
+        for rank in (0, 1):
+            model.by_rank[rank] = {"HF_HUB_CACHE": str(model.place / "empty")}
+        assert staged(model) == [sha256s(FILES)] * 4
+        assert model.hub.requests == []
+
+    def test_what_nobody_holds(self, model: Nodes, users: Path) -> None:
+        gots, part, index = model.tries(
+            partial(jobs.stage, "org/modle"),
+            partial(jobs.stage, "org/model/w/none.bin"),
+            partial(jobs.stage, "org/model", revision="v2"),
+        )
+        failed_alike(gots, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set", "closest there: org/model")
+        failed_alike(part, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")
+        failed_alike(index, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")
+        assert max(got.seconds for got in (*gots, *part, *index)) < 20
+        assert model.hub.requests == []
+
+    def test_a_lock_file_names_what_is_missing(self, model: Nodes) -> None:
+        model.variables["HF_HUB_OFFLINE"] = ""
+        lock = str(model.place / "weights.lock")
+        model.run(jobs.command, model.place, "prefetch", "org/model", "--lockfile", lock, world_size=1)
+        model.variables["HF_HUB_OFFLINE"] = "1"
+        model.hub.reset()
+        (gots,) = model.tries(partial(jobs.stage, "org/model", lockfile=lock, cache_dir=model.place / "cold"))
+        text = failed_alike(gots, OriginUnreachable, "transfer", {0}, "no node has 3 files", "HF_HUB_OFFLINE is set")
+        assert all(name in text for name in FILES)
+        assert model.hub.requests == []
