@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-cluster soak check lint types clean
+# The oldest releases that pyproject.toml allows of what shares the Hub's cache with us lie here, and go before those of
+# constraints.txt.
+OLDEST := $(VENV)/oldest
+
+.PHONY: demo test test-oldest test-cluster soak check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -13,6 +17,11 @@ demo: $(VENV)/.demo
 # otherwise they are skipped, and say so.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests
+
+# What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
+test-oldest: $(OLDEST)/.done
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 \
+	    tests/contract/test_layout_hf.py tests/contract/test_together.py tests/contract/test_hub_content.py
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
@@ -41,6 +50,15 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,http,test]'
 	touch $@ $(VENV)/.demo
+
+# huggingface_hub 1.x needs httpx, where 2.x needs httpx2; all else that it needs is in .venv already, typer for
+# transformers.
+$(OLDEST)/.done: $(VENV)/.test Makefile
+	rm -rf $(OLDEST)
+	$(PIP) install --quiet --no-deps --target $(OLDEST) httpx==0.28.1 httpcore==1.0.9 certifi==2026.7.22 \
+	    $$(sed -nE 's/^ *"(huggingface_hub|filelock)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
+	test -d $(OLDEST)/huggingface_hub && test -d $(OLDEST)/filelock
+	touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info

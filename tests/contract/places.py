@@ -99,6 +99,11 @@ class HubPlace:
         self.shut()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a folder shows, by path, links followed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make huggingface_hub use `server`; it reads HF_ENDPOINT only once, when it is imported."""
     close_session()

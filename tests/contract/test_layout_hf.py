@@ -20,7 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import disable_progress_bars
 
 import weightferry
-from tests.contract.places import point_at
+from tests.contract.places import contents, point_at
 from weightferry.errors import SourceNotFound
 from weightferry.testing.hub import HubServer
 
@@ -43,10 +43,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class TestTheirsReadsOurs:
@@ -90,7 +86,8 @@ class TestTheirsReadsOurs:
     def test_checksums(self, hub: HubServer) -> None:
         found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.theirs)
         assert found.checked_count == len(FILES)
-        assert (found.mismatches, found.missing_paths, found.extra_paths) == ([], [], [])
+        assert (found.mismatches, found.extra_paths) == ([], [])
+        assert not FILES.keys() & set(found.missing_paths), "the oldest ones miss folders too, in every cache"
 
     def test_an_offline_process_with_the_cache_named_in_its_environment(self, hub: HubServer) -> None:
         hub.close()
@@ -115,6 +112,48 @@ class TestTheirsReadsOurs:
         assert scan_cache_dir(self.theirs).warnings == []
         found = try_to_load_from_cache("org/model", "config.json", cache_dir=self.theirs)
         assert found == str(after / "config.json")
+
+
+class TestTheirCommands:
+    @pytest.fixture(autouse=True)
+    def _staged(self, hub: HubServer, cache: Path, tmp_path: Path) -> None:
+        self.folder = weightferry.stage("org/model", cache_dir=cache)
+        home = tmp_path / "home"
+        home.mkdir()
+        (home / ".check_for_update_done").touch()  # or they ask PyPI
+        cleared = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"), "")
+        places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_CACHE": str(cache / "hub")}
+        self.environ = {**os.environ, **cleared, **places}
+
+    def hf_cache(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("hf")), "cache", *arguments]
+        return subprocess.run(command, env=self.environ, capture_output=True, text=True, check=False)
+
+    def test_ls(self, hub: HubServer, cache: Path) -> None:
+        commit = hub.commit("org/model")
+        hub.close()
+        del self.environ["HF_HUB_CACHE"]
+        for more, said in ([], "model/org/model"), (["--revisions"], commit):
+            ran = self.hf_cache("ls", "--cache-dir", str(cache / "hub"), "--quiet", *more)
+            assert (ran.returncode, ran.stdout.split()) == (0, [said]), ran.stderr
+
+    def test_ls_for_people(self) -> None:
+        ran = self.hf_cache("ls")
+        assert ran.returncode == 0, ran.stderr
+        assert "model/org/model" in ran.stdout
+
+    def test_verify(self) -> None:
+        ran = self.hf_cache("verify", "org/model")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert "'org/model'" in ran.stdout
+
+    @pytest.mark.parametrize("path", ["config.json", "model.safetensors"])
+    def test_verify_finds_what_is_damaged(self, path: str) -> None:
+        blob = (self.folder / path).resolve()
+        blob.write_bytes(bytes(blob.stat().st_size))
+        ran = self.hf_cache("verify", "org/model")
+        assert ran.returncode == 1, ran.stdout + ran.stderr
+        assert f"{path}: expected {blob.name} " in ran.stdout
 
 
 class TestOursReadsTheirs:

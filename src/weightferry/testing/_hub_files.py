@@ -19,6 +19,17 @@ from weightferry.testing._hub_xet import Xet
 # What the CDN before the Hub compresses; it does so for text and never for LFS files.
 _TEXT = {".cfg", ".csv", ".html", ".jinja", ".json", ".jsonl", ".md", ".py", ".txt", ".xml", ".yaml", ".yml"}
 
+# Of this machine to itself.
+_NAMES = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
+
+
+def other_name(host: str) -> str:
+    """Return another name of the same host where one is known.
+
+    huggingface_hub 1.30 to 2.1 takes every port of a host for the Hub, and would look for the Hub's headers at the CDN.
+    """
+    return _NAMES.get(host, host)
+
 
 class Files:
     """Answers requests for files.
@@ -26,7 +37,8 @@ class Files:
     Parameters
     ----------
     cdn
-        Host and port of the address where LFS files are; an empty host means the one that the client uses.
+        Host and port of the address where LFS files are; an empty host means `other_name` of the one that the client
+        uses.
     xet
         Another way to read what is in LFS; None: there is none.
     compress_text
@@ -94,7 +106,8 @@ class Files:
         """Where the CDN is, by a name that the client of this request knows."""
         host, port = self._cdn
         # The client's own name for this machine leads back here also through containers and network namespaces.
-        return f"http://{host or urlsplit('//' + request.headers.get('Host', 'localhost')).hostname}:{port}"
+        own = urlsplit("//" + request.headers.get("Host", "localhost")).hostname or "localhost"
+        return f"http://{host or other_name(own)}:{port}"
 
 
 def _find(repo: Repo, revision: str, path: str) -> tuple[Entry, Mapping[str, str]]:

@@ -153,8 +153,8 @@ def _agent(node: int, port: int, endpoint: str, place: Path, out: Path, log: Pat
         "HF_ENDPOINT": endpoint,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",  # the user's own token has no business here
         "HF_HUB_DISABLE_TELEMETRY": "1",  # nor has a question to the Hub that only the real one can answer
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
         "WEIGHTFERRY_CACHE_DIR": str(cache),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from weightferry.testing._hub_access import Access
 from weightferry.testing._hub_commits import Commit, Library
 from weightferry.testing._hub_faults import Fault, Faults
-from weightferry.testing._hub_files import Files
+from weightferry.testing._hub_files import Files, other_name
 from weightferry.testing._hub_links import SignedLinks
 from weightferry.testing._hub_records import Kind, RequestRecord
 from weightferry.testing._hub_repos import Gated, Head, Repositories, RepoType, folder_reader, memory_reader
@@ -50,7 +50,8 @@ class HubOptions:
     Attributes
     ----------
     cdn_host
-        Where links to LFS files lead; empty: to the name that the client used for the Hub.
+        Where links to LFS files lead; empty: to the name that the client used for the Hub, but ``localhost`` for
+        ``127.0.0.1`` and the other way round.
     cdn_port
         The port there; 0 takes a free one. It is never the Hub's own: to clients the CDN must be another origin.
     lfs_threshold
@@ -157,7 +158,7 @@ class HubServer:
             self._open = bound.pop_all()
         name = "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104 a comparison
         self.url = f"http://{name}:{hub.server_port}"
-        self.cdn_url = f"http://{options.cdn_host or name}:{cdn.server_port}"
+        self.cdn_url = f"http://{options.cdn_host or other_name(name)}:{cdn.server_port}"
         xet = Xet(self._links) if options.xet else None
         files = Files(self._links, (options.cdn_host, cdn.server_port), xet, compress_text=options.compress_text)
         routes = Routes(self._access, files, xet, options.page_size)
