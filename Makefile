@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # constraints.txt.
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test test-oldest test-cluster soak check lint types clean
+.PHONY: demo test test-oldest test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -29,6 +29,10 @@ test-cluster: $(VENV)/.test
 # 200 transfers with faults at random; about ten minutes.
 soak: $(VENV)/.test
 	WEIGHTFERRY_TEST_TRIALS=200 $(BIN)/python -m pytest -n 0 tests/multiprocess/test_transfer.py -k never_a_wrong
+
+# Ten minutes of jobs on four nodes whose caches are too small for all that they use; some are killed.
+soak-cache: $(VENV)/.test
+	WEIGHTFERRY_TEST_SOAK_SECONDS=600 $(BIN)/python -m pytest -n 0 -s tests/cluster/test_soak.py
 
 check: lint types test
 
