@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,12 @@ import pytest
 
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import HOST, Nodes, check_cache, sha256s
+from weightferry.cluster.connect import operation
 from weightferry.errors import LeaderLost
+from weightferry.settings import Settings
 from weightferry.testing.hub import Fault
 from weightferry.testing.ranks import RankOutcome
+from weightferry.transfer.ring import Neighbour, connect
 
 WEIGHTS = os.urandom(12_000_000)  # three pieces: both leaders read
 BEAT_TIMEOUT = 4.0  # seconds; one look-up of a peer's name by torch (see nodes.py) must fit
@@ -150,3 +154,69 @@ def late_on_rank_3() -> None:
     pretrainer.collect_files()
     time.sleep(4 if jobs.rank() == 3 else 0)
     pretrainer.load_collected()
+
+
+def test_rank_0_dies_before_another_one_beats(nodes: Nodes) -> None:
+    """The second client of the store is made at the first beat, and then there is no store any more."""
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "1", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
+    with nodes.start(works_while_rank_0_dies, world_size=2) as ranks:
+        (outcome,) = ranks.outcomes_of([1], 50.0)
+    assert type(outcome.error) is LeaderLost
+    assert outcome.seconds < BEAT_TIMEOUT + ROOM
+
+
+def works_while_rank_0_dies() -> None:
+    with operation(Settings.from_environ(), "stage") as control:
+        if control.rank == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        control.round("survey", partial(time.sleep, 3), dict)
+
+
+def test_rank_0_dies_before_another_one_calls(nodes: Nodes) -> None:
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "1", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
+    with nodes.start(calls_after_rank_0_died, world_size=2) as ranks:
+        (outcome,) = ranks.outcomes_of([1], 50.0)
+    assert type(outcome.error) is LeaderLost
+    assert str(outcome.error).startswith("stage failed in agree")
+    assert outcome.seconds < BEAT_TIMEOUT + ROOM
+
+
+def calls_after_rank_0_died() -> None:
+    if jobs.rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    jobs.stage("org/model")
+
+
+def test_a_neighbour_dies_while_the_ring_is_made(nodes: Nodes) -> None:
+    """Gloo waits for it, and cannot be interrupted; all others name the rank that died, and the same one."""
+    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.5", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
+    with nodes.start(meets_a_neighbour_that_dies, world_size=3) as ranks:
+        outcomes = ranks.outcomes_of([0, 1], 50.0)
+    assert {type(outcome.error) for outcome in outcomes} == {LeaderLost}
+    assert len({str(outcome.error) for outcome in outcomes}) == 1
+    assert all(f"failed in transfer on {HOST} (rank 2" in str(outcome.error) for outcome in outcomes)
+
+
+def meets_a_neighbour_that_dies() -> None:
+    settings = Settings.from_environ()
+    with operation(settings, "stage") as control:
+        control.round("agree", lambda: None, dict)
+
+        def work() -> None:
+            if control.rank == 0:
+                return
+            with control.meeting("edge") as store:
+                if control.rank == 2:
+                    store.set("here/1", "")
+                    store.wait(["here/0"])
+                    time.sleep(0.3)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                connect(store, 0, Neighbour(2, "localhost"), settings, control)
+
+        try:
+            control.round("transfer", work, dict)
+        except LeaderLost:
+            if control.rank == 0:
+                threading.Timer(1.0, os._exit, (0,)).start()  # as a job does, and the store goes with it
+            raise

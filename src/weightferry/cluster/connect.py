@@ -62,7 +62,7 @@ def operation(
             '    torch.distributed.init_process_group("gloo")    # or "nccl"\n'
             "or, to work in this process alone, call collect_files(internal_ddp_handling=False)."
         )
-    control = Solo(topology.host, topology.rank) if store is None else _shared(store, ranks, topology, settings)
+    control = Solo(topology.host, topology.rank) if store is None else _shared(store, ranks, topology, settings, name)
     control.operation = name
     try:
         yield control
@@ -85,8 +85,7 @@ def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Contro
     store = _rendezvous(topology, settings)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(_shared(store, ranks, topology, settings, topology.rank)) as control:
-            control.operation = name
+        with contextlib.closing(_shared(store, ranks, topology, settings, name, topology.rank)) as control:
             yield control
     finally:
         _part(store, topology, settings)
@@ -113,7 +112,7 @@ def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]
 
 
 def _shared(
-    store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, rank: int | None = None
+    store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, name: str, rank: int | None = None
 ) -> Control:
     global _clients
     from torch import distributed as dist
@@ -129,7 +128,7 @@ def _shared(
     prefix = f"weightferry/{attempt}/{members:08x}/{_operations[ranks]}"
     _operations[ranks] += 1
     place = ranks.index(dist.get_rank() if rank is None else rank)
-    return Shared(_clients, prefix, place, ranks, topology, settings)
+    return Shared(_clients, prefix, place, ranks, topology, settings, name)
 
 
 def _rendezvous(topology: Topology, settings: Settings) -> Store:

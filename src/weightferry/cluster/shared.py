@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from weightferry.cluster.control import Aborted, Control, Outcome, Verdict
 from weightferry.cluster.gathering import Beat, Bell, Gathering
-from weightferry.cluster.store import Clients, Recording, put
+from weightferry.cluster.store import Clients, Recording, abandonable, put
 from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.report.moved import Progress
@@ -50,10 +50,19 @@ class Shared(Control):
         Below it every key of this operation lives: all ranks pass the same, and no two operations do.
     rank, names
         This rank in the operation, and by such ranks those in the job.
+    operation
+        What it does, for errors.
     """
 
     def __init__(
-        self, clients: Clients, prefix: str, rank: int, names: Sequence[int], topology: Topology, settings: Settings
+        self,
+        clients: Clients,
+        prefix: str,
+        rank: int,
+        names: Sequence[int],
+        topology: Topology,
+        settings: Settings,
+        operation: str = "",
     ) -> None:
         super().__init__(rank, len(names), topology.host, f"{topology.host}/{topology.node_rank}", names)
         self._clients, self._settings = clients, settings
@@ -65,9 +74,13 @@ class Shared(Control):
         self._beaten = time.monotonic()  # when the store answered last
         self._over = threading.Event()
         self._began = time.monotonic()
+        self.operation = operation
         with self._alive("agree"):
-            self._store = dist.PrefixStore(prefix, clients.waiting)
-            self._bell = Bell(dist.PrefixStore(prefix, clients.side), names) if rank == 0 else None
+            # Connecting to a store that is gone lasts for as long as the store's own time limit, twice.
+            self._store = dist.PrefixStore(prefix, self._served(lambda: clients.waiting, "agree"))
+            self._prefix = prefix
+            side = self._served(lambda: clients.side, "agree") if rank == 0 else None
+            self._bell = Bell(dist.PrefixStore(prefix, side), names) if side else None
             self._served(lambda: put(self._store, f"beat/{rank}", Beat(0).dumps()), "agree")
         self._heart = threading.Thread(target=self._beat, args=(prefix,), name="weightferry-beat", daemon=True)
         self._heart.start()
@@ -84,12 +97,17 @@ class Shared(Control):
     @contextlib.contextmanager
     def meeting(self, name: str) -> Iterator[dist.Store]:
         """See `Control.meeting`."""
-        recording = Recording(dist.PrefixStore(name, self._store))
+        client = self._served(lambda: self._clients.meeting, name)
+        recording = Recording(dist.PrefixStore(f"{self._prefix}/{name}", client))
         try:
             yield recording
+        except BaseException:
+            self._clients.lost = True  # somebody may still wait inside
+            raise
         finally:
-            if not self._lost():
-                recording.remove_all()
+            with contextlib.suppress(Aborted, CollectError):
+                if not self._lost():
+                    abandonable(recording.remove_all, self.check)
 
     def _lost(self) -> bool:
         """Whether no verdict will come."""
@@ -153,6 +171,8 @@ class Shared(Control):
         try:
             yield
         except dist.DistError as error:
+            self._cut_off.set()
+            self._clients.lost = True
             told = f"the job's store is gone, and with it the rank or agent that held it: {error}"
             raise self._lost_rank_0(phase, told) from error
 
@@ -237,7 +257,10 @@ class Shared(Control):
         self._over.set()
         if self._lost():
             return  # the heart may be inside a call that does not return
-        self._heart.join()
+        while self._heart.is_alive():
+            self._heart.join(_LOOK)
+            if self._lost():
+                return
         with contextlib.suppress(dist.DistError, CollectError):
             self._served(self._tidy, "close")
 

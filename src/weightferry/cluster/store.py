@@ -28,6 +28,29 @@ def clone(store: dist.Store) -> dist.Store:
     return other
 
 
+def abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
+    """Return what `work` returns, in a thread of its own, or raise what `check` raises while it has not returned.
+
+    The thread is then left behind, inside a call that nothing ends.
+    """
+    answer: Future[T] = Future()
+    threading.Thread(target=_answer, args=(work, answer), name="weightferry-call", daemon=True).start()
+    return _await(answer, check)
+
+
+def _answer(work: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(work())
+    except BaseException as error:  # noqa: BLE001 -- raised where the answer is waited for
+        answer.set_exception(error)
+
+
+def _await(answer: Future[T], check: Callable[[], None]) -> T:
+    while not wait([answer], _LOOK_EVERY).done:
+        check()
+    return answer.result()
+
+
 class Caller:
     """Makes calls in a thread of its own, so that whoever wants the answer can stop waiting for it.
 
@@ -43,24 +66,19 @@ class Caller:
         """Return what `work` returns, or raise what `check` raises while it has not returned."""
         answer: Future[T] = Future()
         self._calls.put((work, answer))
-        while not wait([answer], _LOOK_EVERY).done:
-            check()
-        return answer.result()
+        return _await(answer, check)
 
     def _run(self) -> None:
         while True:
             work, answer = self._calls.get()
-            try:
-                answer.set_result(work())
-            except BaseException as error:  # noqa: BLE001 -- raised where the answer is waited for
-                answer.set_exception(error)
+            _answer(work, answer)
             del work, answer  # not kept until the next call
 
 
 class Clients:
-    """The two clients that a process needs of one store, made once and kept.
+    """The clients that a process needs of one store, made once and kept.
 
-    A client that waits blocks every other call on it, hence two, and neither is the caller's own. They are kept from
+    A client that waits blocks every other call on it, hence several, and none is the caller's own. They are kept from
     one operation to the next because torch looks up the peer's name for each connection: where reverse DNS does not
     answer, that costs 5 s each time (seen with torch 2.13).
 
@@ -86,6 +104,11 @@ class Clients:
     @cached_property
     def side(self) -> dist.Store:
         """For everything beside it; nothing on this one may wait."""
+        return clone(self.store)
+
+    @cached_property
+    def meeting(self) -> dist.Store:
+        """For neighbours of the ring, who meet inside gloo, where a wait cannot be ended."""
         return clone(self.store)
 
     @cached_property

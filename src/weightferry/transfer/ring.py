@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from weightferry.cluster.control import Control
 from weightferry.cluster.interfaces import interface_towards
+from weightferry.cluster.store import abandonable
 from weightferry.errors import CollectError
 from weightferry.origins.retry import Watch
 from weightferry.settings import Settings
@@ -133,7 +134,8 @@ def connect(store: dist.Store, side: int, neighbour: Neighbour, settings: Settin
         if interface:
             options = gloo._Options()  # noqa: SLF001 -- the only way to name a device
             options._timeout, options._devices = limit, [gloo.create_device(interface=interface)]  # noqa: SLF001
-        return Edge(gloo(met, side, 2, options), settings, neighbour)
+        # The neighbour may die inside, and what becomes of the operation must be heard all the same.
+        return Edge(abandonable(lambda: gloo(met, side, 2, options), watch.check), settings, neighbour)
 
 
 class Sender:
