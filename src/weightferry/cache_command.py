@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightferry.errors import BadRequest, CollectError
+from weightferry.report.text import size
 
 if TYPE_CHECKING:
     from weightferry.cache.inventory import Held
     from weightferry.cache.layout import CacheLayout
     from weightferry.cache.verify import Verified
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 _cache_dir = click.option("--cache-dir", metavar="D", type=click.Path(path_type=Path), help="The cache folder.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -60,8 +59,8 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["staged"]))
         state = "pinned" if row["pinned"] else "in use" if row["in_use"] else ""
         commits = ",".join(commit[:8] for commit in row["commits"][-3:])
-        click.echo(f"{row['source']:{width}}  {amount(row['bytes']):>9}  {when}  {state:6}  {commits}")
-    click.echo(f"{len(rows)} sources, {amount(sum(row['bytes'] for row in rows))} in {layout.root}")
+        click.echo(f"{row['source']:{width}}  {size(row['bytes']):>9}  {when}  {state:6}  {commits}")
+    click.echo(f"{len(rows)} sources, {size(sum(row['bytes'] for row in rows))} in {layout.root}")
 
 
 def _row(layout: CacheLayout, held: Held) -> dict[str, Any]:
@@ -102,8 +101,8 @@ def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
     else:
         for one in removed:
             what = f"{one.source}@{one.commit[:8]}" if one.commit else f"what nothing shows of {one.source}"
-            click.echo(f"removed {what}  {amount(one.size)}")
-        click.echo(f"{amount(left)} left in {layout.root}")
+            click.echo(f"removed {what}  {size(one.size)}")
+        click.echo(f"{size(left)} left in {layout.root}")
     if left > wanted:
         click.echo(f"weightferry: {_why_left(layout)}", err=True)
         sys.exit(1)
@@ -126,11 +125,11 @@ def rm(source: str, cache_dir: Path | None) -> None:
     from weightferry.cache.evict import remove_source
 
     layout = _layout(cache_dir)
-    size = remove_source(layout, _find(layout, source))
-    if size is None:
+    gone = remove_source(layout, _find(layout, source))
+    if gone is None:
         click.echo(f"weightferry: {source} is not removed: {_why_left(layout)}", err=True)
         sys.exit(1)
-    click.echo(f"removed {source}  {amount(size)}")
+    click.echo(f"removed {source}  {size(gone)}")
 
 
 @cache.command()
@@ -230,7 +229,7 @@ def _verified_text(found: dict[int, Verified], hosts: dict[int, str]) -> str:
     lines = []
     for leader, said in found.items():
         unknown = f", {said.unknown} without a checksum" if said.unknown else ""
-        lines.append(f"{hosts[leader]}: {said.files} files, {amount(said.size)}, {len(said.damaged)} damaged{unknown}")
+        lines.append(f"{hosts[leader]}: {said.files} files, {size(said.size)}, {len(said.damaged)} damaged{unknown}")
         lines += [f"  {one.source}: {', '.join(one.paths) or one.blob.name}: {one.why}" for one in said.damaged]
     return "\n".join(lines)
 
@@ -246,12 +245,3 @@ def _find(layout: CacheLayout, source: str) -> Held:
     error = BadRequest(f"{source} is not in {layout.root}{closest(source, [one.name for one in held])}")
     click.echo(f"weightferry: {error}", err=True)
     sys.exit(1)
-
-
-def amount(count: float) -> str:
-    """Bytes for readers."""
-    for unit in _UNITS:
-        if count < 1000 or unit == _UNITS[-1]:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,28 +19,46 @@ HERE = Path(__file__).parent
 SIZE = sum(SIZES.values())
 
 
-@pytest.fixture
-def cut_off(testbed: Testbed) -> Iterator[tuple[str, ...]]:
-    """Nodes without a way to the origin: all but the third."""
-    nodes = tuple(node for node in testbed.nodes if node != testbed.nodes[2])
+@contextmanager
+def cut_off(testbed: Testbed, nodes: Iterable[str], url: str) -> Iterator[None]:
+    """Leave nodes without a way to the origin."""
     route = ["blackhole", f"{testbed.addresses['origin']}/32"]
-    for node in nodes:
-        testbed.run(["ip", "route", "add", *route], node)
-    yield nodes
-    for node in nodes:
-        testbed.run(["ip", "route", "del", *route], node)
+    with ExitStack() as back:
+        for node in nodes:
+            testbed.run(["ip", "route", "add", *route], node)
+            back.callback(testbed.run, ["ip", "route", "del", *route], node)
+            asked = testbed.run(["curl", "-s", "-m", "5", f"{url}/-/stats"], node, check=False)
+            assert asked.returncode != 0, "it is really cut off"
+        yield
 
 
-def test_one_gateway_is_enough(hub: Served, testbed: Testbed, cut_off: tuple[str, ...]) -> None:
+def test_one_gateway_is_enough(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-gateway"
-    for node in cut_off:
-        asked = testbed.run(["curl", "-s", "-m", "5", f"{hub.url}/-/stats"], node, check=False)
-        assert asked.returncode != 0, "it is really cut off"
-    report = hub.stage("--cache-dir", cache)
+    lost = [node for node in testbed.nodes if node != testbed.nodes[2]]
+    with cut_off(testbed, lost, hub.url):
+        report = hub.stage("--cache-dir", cache)
     assert {domain["host"]: domain["origin_bytes"] for domain in report["domains"]} == {
-        node: 0 if node in cut_off else SIZE for node in testbed.nodes
+        node: 0 if node in lost else SIZE for node in testbed.nodes
     }
     check_every_node(hub, cache)
+
+
+def test_a_lock_file_where_no_node_has_a_network(hub: Served, testbed: Testbed) -> None:
+    """Warm, it works; cold, it is to fail in under 5 s, which is printed, and names each file."""
+    cache, lock = testbed.local / "cache-locked", testbed.shared / "weights.lock"
+    prefetch = [sys.executable, "-m", "weightferry.cli", "prefetch", REPO, "--lockfile", str(lock)]
+    testbed.run([*prefetch, "--cache-dir", str(cache)], testbed.nodes[1], env=hub.environ)
+    command = ["srun", "-N4", "--ntasks-per-node=1", "--kill-on-bad-exit=0", sys.executable, "-m", "weightferry.cli"]
+    command += ["stage", REPO, "--lockfile", str(lock), "--cache-dir"]
+    with cut_off(testbed, testbed.nodes, hub.url):
+        testbed.run([*command, str(cache)], env=hub.environ, timeout=100)
+        check_every_node(hub, cache)
+        began = time.monotonic()
+        done = testbed.run([*command, f"{cache}-cold"], env=hub.environ, check=False, timeout=100)
+    print(f"four cold nodes without a network fail in {time.monotonic() - began:.1f} s, srun and imports included")
+    assert done.returncode != 0
+    assert done.stderr.count("no node has 3 files") == 4, done.stderr
+    assert all(path in done.stderr for path in SIZES)
 
 
 def test_what_any_node_has_is_not_read_again(hub: Served, testbed: Testbed) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 from functools import partial
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
 import weightferry
+from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, failed_alike, sha256s, values
 from weightferry.errors import BadRequest, OriginUnreachable, SourceNotFound
@@ -63,6 +68,36 @@ def test_what_is_neither_cached_nor_reachable_is_listed_at_once(locked: Nodes, r
     (gots,) = locked.tries(cold, world_size=ranks)
     text = failed_alike(gots, OriginUnreachable, "transfer", {0}, "no node has 3 files")
     assert all(name in text for name in FILES)
+
+
+@pytest.mark.parametrize("endpoint", ["", NOWHERE])
+def test_a_machine_without_any_network(locked: Nodes, endpoint: str) -> None:
+    """Not even a loopback: a namespace of its own. The cold one is to fail in under 5 s, which is not asserted."""
+    need(os.geteuid() == 0, "a network namespace needs root: run this test as root")
+    command = [
+        "unshare",
+        "--net",
+        sys.executable,
+        "-m",
+        "weightferry.cli",
+        "stage",
+        "org/model",
+        "--lockfile",
+        lock(locked),
+    ]
+    environ = {**os.environ, **locked.environ(0), "HF_ENDPOINT": endpoint, "WEIGHTFERRY_RETRY_WAIT": "0.5"}
+    environ = {name: value for name, value in environ.items() if value}
+    warm = run(command, env=environ, capture_output=True, text=True, check=False)
+    assert warm.returncode == 0, warm.stderr
+    began = time.monotonic()
+    cold = run(
+        [*command, "--cache-dir", str(locked.place / "cold")], env=environ, capture_output=True, text=True, check=False
+    )
+    print(f"a cold cache without a network fails in {time.monotonic() - began:.2f} s")
+    assert cold.returncode == 1
+    assert "OriginUnreachable" in cold.stderr
+    assert all(name in cold.stderr for name in FILES)
+    assert "Traceback" not in cold.stderr
 
 
 def test_what_is_not_in_the_lock_file(locked: Nodes) -> None:

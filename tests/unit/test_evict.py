@@ -304,7 +304,7 @@ class TestCommand:
             ("org/b", KB, False, True),
             ("org/c", KB, False, False),
         ]
-        assert "3 sources, 3.0 kB" in self.run(three, "ls")[1]
+        assert "3 sources, 3 kB" in self.run(three, "ls")[1]
 
     def test_a_cache_that_is_not_there(self, cache: Cache) -> None:
         assert self.run(cache, "ls", "--json") == (0, "[]\n")
@@ -316,7 +316,7 @@ class TestCommand:
         assert three.names() == ["org/a@1"]
         assert self.run(three, "rm", "org/a")[0] == 1
         self.run(three, "unpin", "org/a")
-        assert self.run(three, "rm", "org/a") == (0, "removed org/a  1.0 kB\n")
+        assert self.run(three, "rm", "org/a") == (0, "removed org/a  1 kB\n")
 
     def test_a_name_that_is_not_there(self, three: Cache) -> None:
         code, said = self.run(three, "rm", "org/aa")

@@ -79,15 +79,11 @@ def inventory(layout: CacheLayout) -> list[Held]:
 
 def look_at(layout: CacheLayout, repo: Path) -> Held:
     """Look at one source."""
-    sizes = {}
-    with contextlib.suppress(OSError), os.scandir(layout.blobs(repo)) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
     commits = [
         Commit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
         for snapshot in _folders(layout.snapshots(repo))
     ]
+    sizes = dict(_content(layout, repo))
     return Held(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
 
 
@@ -104,8 +100,15 @@ def is_used(layout: CacheLayout, held: Held) -> bool:
 
 
 def total(layout: CacheLayout) -> int:
-    """Bytes of all content in a cache."""
-    return sum(held.size for held in inventory(layout))
+    """Bytes of all content in a cache; what shows it is not looked at."""
+    return sum(size for family in layout.families() for repo in _folders(family) for _, size in _content(layout, repo))
+
+
+def _content(layout: CacheLayout, repo: Path) -> Iterator[tuple[str, int]]:
+    with contextlib.suppress(OSError), os.scandir(layout.blobs(repo)) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                yield entry.name, entry.stat(follow_symlinks=False).st_size
 
 
 def _folders(folder: Path) -> Iterator[Path]:

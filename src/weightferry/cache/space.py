@@ -14,13 +14,13 @@ from weightferry.cache.survey import Surveyor
 from weightferry.cache.unfinished import drop_abandoned, sweep, unfinished
 from weightferry.errors import NoSpace
 from weightferry.manifest import File, Pinned
+from weightferry.report.text import size as told
 from weightferry.settings import Settings
 
 _BLOCK = 4096  # bytes that the smallest file takes
 # Content, the journal of its partial data, the note that it was found right, and its name in the snapshot.
 _INODES_A_FILE = 4
 _FOLDERS = 12  # that a new source needs, at most
-_GIGABYTE = 1e9
 
 
 def make_room(
@@ -67,8 +67,9 @@ def _keep_below(
     short = max(0, settings.min_free + needed - there.f_bavail * there.f_frsize)
     has = total(layout)
     above = max(has + coming + needed - settings.max_size, min(short, has + coming))
-    if above > 0:
-        above -= sum(removed.size for removed in evict(layout, max(0, has - above), locks))
+    if above <= 0:
+        return
+    above -= sum(removed.size for removed in evict(layout, max(0, has - above), locks))
     if above > 0:
         # Whoever wants it again reads it again: better than that this job fails.
         for gone in drop_abandoned(layout, mine, locks):
@@ -78,8 +79,8 @@ def _keep_below(
     left = total(layout) + sum(one.taken for one in unfinished(layout) if one.path not in mine)
     if left + needed > settings.max_size:
         raise NoSpace(
-            f"{len(files)} files need {_told(needed)}, and the cache may have {_told(settings.max_size)} "
-            f"(max_size): it has {_told(left)}, "
+            f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} "
+            f"(max_size): it has {told(left)}, "
             + (
                 "which are in use, on their way, pinned, or somebody else's"
                 if locks.by_flock
@@ -107,10 +108,10 @@ def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min
     free = there.f_bavail * there.f_frsize
     needed = sum(_takes(layout, pinned, file) for pinned, file in files)
     if needed > free - min_free:
-        kept = f" and {_told(min_free)} are to stay free (min_free)" if min_free else ""
+        kept = f" and {told(min_free)} are to stay free (min_free)" if min_free else ""
         raise NoSpace(
-            f"{len(files)} files need {_told(needed)}, {_told(free)} are free{kept}: missing "
-            f"{_told(needed - free + min_free)}",
+            f"{len(files)} files need {told(needed)}, {told(free)} are free{kept}: missing "
+            f"{told(needed - free + min_free)}",
             subject=str(layout.root),
         )
     inodes = _INODES_A_FILE * len(files) + _FOLDERS
@@ -135,7 +136,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def _told(count: int) -> str:
-    return f"{count / _GIGABYTE:.2f} GB" if count >= _GIGABYTE / 100 else f"{count} bytes"

@@ -1,0 +1,104 @@
+"""What a cache of many models costs: `weightferry cache ls`, and the survey of one of them beside that of one alone.
+
+    python benchmarks/many_models.py [--models 1000] [--repeat 9]
+
+Prints medians. The survey is timed warm and with the model missing, without a limit and with `max_size`, under which
+whoever lacks something counts what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.locks import Locks, Patience
+from weightferry.cache.publish import publish, show
+from weightferry.cache.space import make_room
+from weightferry.cache.survey import Surveyor
+from weightferry.hashing import Checksum
+from weightferry.manifest import File, Manifest, Pinned
+from weightferry.settings import Settings
+from weightferry.sources import Source
+
+FILES = 10
+
+
+def model(name: str) -> tuple[Pinned, dict[str, bytes]]:
+    """Make up a model of some small files, and one that is hashed only when it changes."""
+    content = {f"part{number}": f"{name}/{number}".encode() * 50 for number in range(FILES - 1)}
+    content["weights"] = name.encode() * (3_000_000 // len(name))
+    files = tuple(
+        File(path, len(data), Checksum("sha256", hashlib.sha256(data).hexdigest())) for path, data in content.items()
+    )
+    return Pinned(Source("hf", f"org/{name}"), hashlib.sha1(name.encode()).hexdigest(), files), content  # noqa: S324
+
+
+def fill(layout: CacheLayout, models: int) -> Pinned:
+    """Stage models as a leader does; return the last. The big file of all others is empty: only its entry counts."""
+    for number in range(models):
+        pinned, content = model(f"m{number}")
+        for file in pinned.files:
+            partial = layout.new_partial(pinned, file)
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content[file.path] if number == models - 1 or file.path != "weights" else b"")
+            publish(layout, pinned, file, partial, file.key, sync=False)
+        show(layout, pinned)
+    return pinned
+
+
+def survey(layout: CacheLayout, pinned: Pinned, settings: Settings) -> None:
+    """What a leader does between resolve and transfer."""
+    surveyor = Surveyor(layout, Manifest((pinned,)), Locks(Patience(5), lambda: None))
+    seen = surveyor.survey()
+    lacking = [entry for index, entry in enumerate(surveyor.files) if index not in seen.whole]
+    make_room(surveyor, lacking, settings, lambda: None)
+    surveyor.release()
+
+
+def median(work: Callable[[], object], repeat: int) -> float:
+    """Milliseconds."""
+    seconds = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=int, default=1000)
+    parser.add_argument("--repeat", type=int, default=9)
+    given = parser.parse_args()
+    missing, _ = model("missing")
+    for models in (1, given.models):
+        with tempfile.TemporaryDirectory() as folder:
+            layout = CacheLayout(Path(folder) / "cache")
+            layout.root.mkdir()
+            last = fill(layout, models)
+            os.sync()
+            command = [sys.executable, "-m", "weightferry.cli", "cache", "ls", "--cache-dir", str(layout.root)]
+            ls = median(lambda: subprocess.run(command, check=True, capture_output=True), given.repeat)  # noqa: B023
+            told = [f"{models} models: ls {ls:.0f} ms"]
+            for limit in (0, 1 << 50):
+                settings = Settings(max_size=limit)
+                warm, cold = (
+                    median(lambda: survey(layout, one, settings), given.repeat)  # noqa: B023
+                    for one in (last, missing)
+                )
+                told.append(f"survey{' with max_size' * bool(limit)} warm {warm:.1f} ms, missing {cold:.1f} ms")
+            print("; ".join(told))  # noqa: T201 -- the result
+
+
+if __name__ == "__main__":
+    main()
