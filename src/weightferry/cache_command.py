@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -176,6 +177,7 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
     from weightferry.cluster.agree import Wish, agree
     from weightferry.cluster.connect import joined
     from weightferry.cluster.topology import read_topology
+    from weightferry.report.progress import shown
     from weightferry.settings import Settings
 
     settings = Settings.from_environ(cache_dir=cache_dir)
@@ -185,10 +187,11 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
     try:
         with joined(settings, topology, "verify") as control:
             _, agreed = agree(control, lambda: Wish({}), settings)
-            found: dict[int, Verified] = control.round(
-                "verify", lambda: read_all(layout, control.moved, source), dict, agreed.leaders
-            )
             hosts = {domain.leader: domain.host for domain in agreed.domains}
+            with shown(control.seen, hosts, "read") if topology.rank == 0 else contextlib.nullcontext():
+                found: dict[int, Verified] = control.round(
+                    "verify", lambda: read_all(layout, control.moved, source, control.expect), dict, agreed.leaders
+                )
             if control.rank == 0:
                 click.echo(_verified_json(found, hosts) if as_json else _verified_text(found, hosts))
             bad = any(said.damaged for said in found.values())

@@ -28,6 +28,7 @@ from weightferry.cache.pins import alone, use
 from weightferry.cache.space import check_space, make_room
 from weightferry.cache.survey import Surveyor
 from weightferry.cache.unfinished import unfinished
+from weightferry.cache.verify import verify
 from weightferry.cli import main
 from weightferry.errors import NoSpace
 from weightferry.manifest import File, Manifest, Pinned
@@ -333,6 +334,11 @@ class TestCommand:
         assert (node["files"], node["bytes"]) == (3, 3 * KB)
         assert [(one["source"], one["paths"]) for one in node["damaged"]] == [("org/b", ["w"])]
         assert self.run(three, "verify", "org/a")[0] == 0
+
+    def test_verifying_tells_how_far_it_is(self, three: Cache) -> None:
+        told, expected = list[int](), list[int]()
+        verify(three.layout, told.append, "", expected.append)
+        assert (sum(told), expected) == (3 * KB, [3 * KB])
 
     def test_a_thousand_models(self, cache: Cache) -> None:
         for number in range(1000):

@@ -51,7 +51,12 @@ class Verified:
     damaged: tuple[Damage, ...] = ()
 
 
-def verify(layout: CacheLayout, progress: Callable[[int], None] = lambda _: None, only: str = "") -> Verified:
+def verify(
+    layout: CacheLayout,
+    progress: Callable[[int], None] = lambda _: None,
+    only: str = "",
+    expect: Callable[[int], None] = lambda _: None,
+) -> Verified:
     """Hash everything in a cache.
 
     Parameters
@@ -60,8 +65,11 @@ def verify(layout: CacheLayout, progress: Callable[[int], None] = lambda _: None
         Called with counts of bytes as they are read.
     only
         The name of one source; empty: all.
+    expect
+        Called once, with the bytes that are to be read.
     """
     wanted = [(held, blob) for held in inventory(layout) if only in ("", held.name) for blob in sorted(held.sizes)]
+    expect(sum(held.sizes[blob] for held, blob in wanted))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         wrong = list(pool.map(lambda one: _wrong(one[0], one[1], progress), wanted))
     damaged = tuple(

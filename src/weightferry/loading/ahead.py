@@ -38,7 +38,8 @@ def read_ahead(files: Iterable[Path], place: int, places: int, check: Callable[[
     int
         Bytes read.
     """
-    paths = dict.fromkeys(files)
+    # Where the bytes are: links lead from a local folder to a cache that is not.
+    paths = dict.fromkeys(file.resolve() for file in files)
     local = {folder: is_local(folder) for folder in {path.parent for path in paths}}
     cold = [path for path in paths if not local[path.parent] and not is_cached(path)]
     wanted, free = sum(path.stat().st_size for path in cold), available_memory()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -17,6 +18,9 @@ from weightferry.report.moved import Progress
 from weightferry.report.text import size
 
 logger = logging.getLogger(__name__)
+
+Seen = Callable[[], Mapping[int, Progress]]
+"""Tells how far each rank is, as far as it is known."""
 
 _ON_A_TERMINAL, _IN_A_LOG = 0.5, 10.0  # seconds between two lines
 
@@ -53,15 +57,16 @@ class Standing:
         return max(0, moved) / max(1e-3, self.at - before.at)
 
 
-def line(before: Standing, now: Standing, hosts: Mapping[int, str]) -> str:
+def line(before: Standing, now: Standing, hosts: Mapping[int, str], what: str = "from the origin") -> str:
     """Say it in one line: bytes, both rates, the slowest node, what it waits for, time left."""
     origin, peers = now.rate(before, "origin_bytes"), now.rate(before, "peer_bytes")
-    said = f"{size(now.done)} of {size(now.expected)}, {size(origin)}/s from the origin"
+    said = f"{size(now.done)} of {size(now.expected)}, {size(origin)}/s {what}"
     if len(now.ranks) > 1:
         slowest = min(now.ranks, key=lambda rank: now.ranks[rank].done / max(1, now.ranks[rank].expected))
         one = now.ranks[slowest]
         share = 100 * one.done // max(1, one.expected)
-        said += f", {size(peers)}/s between nodes, slowest {hosts.get(slowest, f'rank {slowest}')} at {share} %"
+        said += f", {size(peers)}/s between nodes" if any(rank.peer_bytes for rank in now.ranks.values()) else ""
+        said += f", slowest {hosts.get(slowest, f'rank {slowest}')} at {share} %"
     if paused := next((one.paused for one in now.ranks.values() if one.paused), ""):
         said += f", {paused}"
     rate = origin + peers
@@ -69,7 +74,7 @@ def line(before: Standing, now: Standing, hosts: Mapping[int, str]) -> str:
 
 
 @contextmanager
-def shown(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str]) -> Iterator[None]:
+def shown(seen: Seen, hosts: Mapping[int, str], what: str = "from the origin") -> Iterator[None]:
     """While in this context, show how far the job is.
 
     On a terminal unless ``HF_HUB_DISABLE_PROGRESS_BARS`` is set; else in the log of this module, at INFO.
@@ -80,6 +85,8 @@ def shown(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str]) 
         Tells the newest that is known of each rank.
     hosts
         By rank, for the slowest one.
+    what
+        Is done to the bytes that do not come from peers.
     """
     bar = sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "") not in ("1", "true", "True")
     if not bar and not logger.isEnabledFor(logging.INFO):
@@ -87,7 +94,9 @@ def shown(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str]) 
         return
     over = threading.Event()
     show = _bar if bar else _log
-    thread = threading.Thread(target=show, args=(seen, hosts, over), name="weightferry-progress", daemon=True)
+    thread = threading.Thread(
+        target=show, args=(seen, partial(line, hosts=hosts, what=what), over), name="weightferry-progress", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -96,9 +105,7 @@ def shown(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str]) 
         thread.join()
 
 
-def _standings(
-    seen: Callable[[], Mapping[int, Progress]], over: threading.Event, every: float
-) -> Iterator[tuple[Standing, Standing]]:
+def _standings(seen: Seen, over: threading.Event, every: float) -> Iterator[tuple[Standing, Standing]]:
     """Yield where the job stands, each time with where it stood before."""
     before = Standing(time.monotonic(), {})
     while not over.wait(every):
@@ -108,13 +115,13 @@ def _standings(
         before = now
 
 
-def _log(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str], over: threading.Event) -> None:
+def _log(seen: Seen, say: Callable[[Standing, Standing], str], over: threading.Event) -> None:
     for before, now in _standings(seen, over, _IN_A_LOG):
-        logger.info("%s", line(before, now, hosts))
+        logger.info("%s", say(before, now))
 
 
-def _bar(seen: Callable[[], Mapping[int, Progress]], hosts: Mapping[int, str], over: threading.Event) -> None:
+def _bar(seen: Seen, say: Callable[[Standing, Standing], str], over: threading.Event) -> None:
     with tqdm(total=1, bar_format="weightferry: {percentage:3.0f}%|{bar:20}| {desc}", leave=False) as bar:
         for before, now in _standings(seen, over, _ON_A_TERMINAL):
             bar.total, bar.n = max(1, now.expected), now.done
-            bar.set_description_str(line(before, now, hosts))
+            bar.set_description_str(say(before, now))

@@ -58,6 +58,14 @@ def test_more_than_fits_is_not_read(cold: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_ahead([cold, cold], 0, 1, nothing) == SIZE
 
 
+def test_what_counts_is_where_a_link_leads(cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "local/link"
+    link.parent.mkdir()
+    link.symlink_to(cold)
+    monkeypatch.setattr(ahead, "is_local", lambda folder: folder == link.parent)
+    assert read_ahead([link], 0, 1, nothing) == SIZE
+
+
 @pytest.mark.usefixtures("_remote")
 def test_it_ends_with_the_operation(cold: Path) -> None:
     class Over(Exception):
