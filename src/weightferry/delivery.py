@@ -162,7 +162,8 @@ class _Delivery:
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
         # Before anything is looked at: nobody evicts it from here on.
-        use_all((self._surveyor.layout, *self._surveyor.tiers), self._manifest, self._control.check)
+        caches = (self._surveyor.layout, *self._surveyor.tiers)
+        use_all(caches, self._manifest, self._control.check, self._settings.stall_timeout)
         seen = self._surveyor.survey(wait=wait, doubted=doubted)
         self._whole = seen.whole
         there = {*seen.whole, *seen.nearby}

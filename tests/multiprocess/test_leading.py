@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import weightferry
+from tests.answers import answer, known
+from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.launched import clean_environ, meeting_point, together
 from tests.multiprocess.nodes import HOST, Nodes, check_cache, failed_alike, sha256s, values
@@ -210,4 +212,24 @@ def test_a_folder_that_two_machines_may_share(nodes: Nodes, shared: bool) -> Non
     assert [domain["ranks"] for domain in report["domains"]] == ([[0, 1, 2, 3]] if shared else [[0, 1], [2, 3]])
     assert report["total"]["origin_bytes"] == sum(map(len, FILES.values()))
     assert not list(nodes.cache(0).glob(".weightferry-*"))
+    check_cache(nodes.cache(0))
+
+
+def on_localflock(cache: Path) -> Any:
+    """As if there, locks excluded on one machine alone."""
+    from weightferry.cache import exclusion
+
+    setattr(exclusion, "is_local", lambda *_: False)  # noqa: B010
+    if jobs.rank() >= 2:
+        answer("flock", 0)
+    return on_lustre(0.0, cache)
+
+
+def test_locks_that_two_machines_hold_at_once(nodes: Nodes) -> None:
+    need(known(), "the numbers of this machine's system calls are not known here")
+    nodes.hub.add_repo("org/model", FILES)
+    nodes.shared = True
+    (gots,) = nodes.tries(partial(on_localflock, nodes.cache(0)))
+    (domain,) = values(gots)[0]["domains"]
+    assert domain["locks"] == "files (flock succeeds on two machines at once)"
     check_cache(nodes.cache(0))

@@ -24,13 +24,13 @@ from weightferry.cache.evict import evict, remove_source
 from weightferry.cache.inventory import inventory, total
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import Locks, Patience
-from weightferry.cache.pins import alone, use
+from weightferry.cache.pins import alone, one_at_a_time, use
 from weightferry.cache.space import check_space, make_room
 from weightferry.cache.survey import Surveyor
 from weightferry.cache.unfinished import unfinished
 from weightferry.cache.verify import verify
 from weightferry.cli import main
-from weightferry.errors import NoSpace
+from weightferry.errors import NoSpace, Stalled
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.settings import Settings, byte_count
 from weightferry.sources import Source
@@ -153,6 +153,14 @@ def test_who_wants_a_source_waits_while_it_is_removed(three: Cache) -> None:
     use(lock, look)
     assert len(looks) == 3
     assert remove_source(three.layout, inventory(three.layout)[0]) is None
+
+
+def test_an_eviction_that_is_never_over(three: Cache) -> None:
+    """A stopped process: whoever wants the source does not wait for ever, and is told who that is."""
+    with alone(three.layout.used_lock("models--org--a")), pytest.raises(Stalled, match=f"by process {os.getpid()}"):
+        use(three.layout.used_lock("models--org--a"), lambda: None, 0.2)
+    with alone(three.layout.space_lock), one_at_a_time(three.layout.space_lock, lambda: None, 0.2):
+        pass
 
 
 def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:

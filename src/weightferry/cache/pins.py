@@ -8,35 +8,43 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from weightferry.cache.holder import holder_here
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.rights import follow, make_folder
 from weightferry.cluster.flock import try_flock
+from weightferry.errors import Stalled
 from weightferry.manifest import Manifest
 
+logger = logging.getLogger(__name__)
+
 _LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
+_PATIENCE = 300.0  # seconds; `Settings.stall_timeout` by default
 
 _held: dict[Path, int] = {}
 _holding = threading.Lock()
 
 
-def use_all(layouts: Iterable[CacheLayout], manifest: Manifest, check: Callable[[], None]) -> None:
+def use_all(
+    layouts: Iterable[CacheLayout], manifest: Manifest, check: Callable[[], None], limit: float = _PATIENCE
+) -> None:
     """Note that this process uses every source of a manifest that is in these caches; see `use`."""
     for layout in layouts:
         for pinned in manifest.sources:
             if not pinned.in_place:
-                use(layout.used_lock(layout.repo(pinned).name), check)
+                use(layout.used_lock(layout.repo(pinned).name), check, limit)
 
 
-def use(lock: Path, check: Callable[[], None]) -> None:
+def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> None:
     """Note that this process uses a source, until it ends; waits while the source is being evicted.
 
-    A cache that this process may not write to is used without: whoever evicts there has to know.
+    A cache that this process may not even read that file of is used without: whoever evicts there has to know.
 
     Parameters
     ----------
@@ -44,6 +52,13 @@ def use(lock: Path, check: Callable[[], None]) -> None:
         The file of the source, `CacheLayout.used_lock`.
     check
         Called while waiting; what it raises ends the wait.
+    limit
+        Seconds to wait.
+
+    Raises
+    ------
+    Stalled
+        An eviction of it is not over by then.
     """
     with _holding:
         if lock in _held:
@@ -53,16 +68,32 @@ def use(lock: Path, check: Callable[[], None]) -> None:
         except OSError:
             return
         try:
-            while not try_flock(descriptor, fcntl.LOCK_SH):
-                check()
-                time.sleep(_LOOK)
-        except OSError:
-            os.close(descriptor)  # no flock here
-            return
+            if not _await(lambda: _is_shared(descriptor), check, limit):
+                raise Stalled(
+                    f"is being removed for {limit:.0f} s by {holder_here(lock) or 'another process'}", subject=str(lock)
+                )
         except BaseException:
             os.close(descriptor)
             raise
         _held[lock] = descriptor
+
+
+def _is_shared(descriptor: int) -> bool:
+    try:
+        return try_flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        return True  # no flock here
+
+
+def _await(done: Callable[[], bool], check: Callable[[], None], limit: float) -> bool:
+    """Look again and again; whether it was done in time."""
+    until = time.monotonic() + limit
+    while not done():
+        check()
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK)
+    return True
 
 
 def forget() -> None:
@@ -84,18 +115,19 @@ def alone(lock: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path, check: Callable[[], None]) -> Iterator[None]:
+def one_at_a_time(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> Iterator[None]:
     """Wait until nobody else is in such a context of the same file; without locks nobody waits.
 
     Parameters
     ----------
     check
         Called while waiting; what it raises ends the wait.
+    limit
+        Seconds to wait before going on all the same.
     """
     with contextlib.ExitStack() as held:
-        while not _is_ours(held, lock):
-            check()
-            time.sleep(_LOOK)
+        if not _await(lambda: _is_ours(held, lock), check, limit):
+            logger.warning("%s is held for %.0f s by %s: going on", lock, limit, holder_here(lock) or "another process")
         yield
 
 

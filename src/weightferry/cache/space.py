@@ -48,7 +48,7 @@ def make_room(
     if not files:
         return
     mine = {layout.partial_of(pinned, file) for pinned, file in files}
-    with one_at_a_time(layout.space_lock, check):
+    with one_at_a_time(layout.space_lock, check, settings.stall_timeout):
         sweep(layout, mine, settings.partial_ttl, surveyor.exclusion)
         if settings.max_size:
             _keep_below(surveyor, files, mine, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -191,7 +192,7 @@ class Surveyor:
         pinned, file = self.files[index]
         path = self._users(pinned, file)
         with contextlib.suppress(OSError):
-            if path and index not in self._doubted and file.size == path.stat().st_size:
+            if path and index not in self._doubted and file.size == path.stat().st_size and os.access(path, os.R_OK):
                 return path
         return None
 

@@ -34,7 +34,7 @@ def users_folder() -> Path:
     """The Hugging Face cache of this user: ``HF_HUB_CACHE``."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    return Path(constants.HF_HUB_CACHE or constants.default_cache_path)
 
 
 def blob_in(hub: Path, source: Source, key: str) -> Path:
