@@ -17,7 +17,7 @@ from .children import await_end, end
 from .errors import TestbedError
 from .files import PROXY_VARIABLES
 from .layout import ENTER, LOCAL, Layout
-from .origin import Origin, await_listener
+from .origin import Origin, await_listener, listens
 from .packages import ensure_packages
 from .processes import ProcessId
 from .spec import HEAD, ORIGIN, Spec
@@ -242,12 +242,14 @@ class Testbed:
         Raises
         ------
         TestbedError
-            It ended, or does not listen in time; with what it printed.
+            It ended, or does not listen in time; with what it printed. Or something else listens there.
         """
+        host = self._first_process(ORIGIN)
+        if listens(host, port):
+            raise TestbedError(f"something listens on the origin's port {port} already")
         log = self.layout.log(f"origin-{port}")
         with log.open("wb") as output:
             process = self.popen(command, ORIGIN, env=env, stdout=output, stderr=output)
-        host = self._first_process(ORIGIN)
         if not await_listener(host, port, process, patience):
             end(process)
             raise TestbedError(f"nothing listens on the origin's port {port}:\n{_tail(log)}")

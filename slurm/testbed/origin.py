@@ -37,14 +37,14 @@ class Origin:
 def await_listener(host: ProcessId, port: int, server: subprocess.Popen[str], patience: float) -> bool:
     """Return whether something listens on TCP `port` of `host` before `server` ends or `patience` seconds pass."""
     deadline = time.monotonic() + patience
-    while not _listens(host, port):
+    while not listens(host, port):
         if server.poll() is not None or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
 
 
-def _listens(process: ProcessId, port: int) -> bool:
+def listens(process: ProcessId, port: int) -> bool:
     """Return whether some socket listens on `port` in the network namespace of `process`, which need not be entered."""
     for table in ("tcp", "tcp6"):
         # sl local_address rem_address st ...: addresses as HEX:HEXPORT

@@ -138,14 +138,12 @@ def rm(source: str, cache_dir: Path | None) -> None:
 @_cache_dir
 def pin(source: str, cache_dir: Path | None) -> None:
     """Keep SOURCE from being evicted, by anybody, until it is unpinned."""
-    from weightferry.cache.rights import follow, make_folder
+    from weightferry.cache.rights import touch
 
     layout = _layout(cache_dir)
     mark = layout.keep_mark(_find(layout, source).repo.name)
     if not mark.exists():
-        make_folder(mark.parent)
-        mark.touch()
-        follow(mark)
+        touch(mark)
 
 
 @cache.command()

@@ -74,7 +74,7 @@ def deliver(
     CollectError
         The same on every rank.
     """
-    tiers = [CacheLayout(tier) for tier in settings.cache_tiers]
+    tiers = [CacheLayout(tier) for tier in agreed.tiers.get(control.rank, ())]
     surveyor = Surveyor(layout, manifest, _locks(control, agreed, layout, settings), tiers, _users(layout))
     delivery = _Delivery(control, manifest, agreed, surveyor, settings, sure=sure)
     with contextlib.ExitStack() as over:
@@ -162,8 +162,8 @@ class _Delivery:
 
     def _look(self, doubted: Collection[int], *, wait: bool = False) -> Survey:
         # Before anything is looked at: nobody evicts it from here on.
-        caches = (self._surveyor.layout, *self._surveyor.tiers)
-        use_all(caches, self._manifest, self._control.check, self._settings.stall_timeout)
+        surveyor, limit = self._surveyor, self._settings.stall_timeout
+        use_all(surveyor.layout, surveyor.tiers, self._manifest, self._control.check, limit)
         seen = self._surveyor.survey(wait=wait, doubted=doubted)
         self._whole = seen.whole
         there = {*seen.whole, *seen.nearby}

@@ -173,9 +173,9 @@ def collect(
     def read_back() -> Part | None:
         # A leader did so before it looked, and still is here. Elsewhere one lock for each of thousands of ranks would
         # be too many: there the leader's counts.
-        if control.rank not in leaders:
-            here = [cache for cache in (layout, *map(CacheLayout, settings.cache_tiers)) if survives_only_here(cache)]
-            use_all(here, manifest, control.check, settings.stall_timeout)
+        if control.rank not in leaders and survives_only_here(layout):
+            tiers = [tier for tier in map(CacheLayout, settings.cache_tiers) if survives_only_here(tier)]
+            use_all(layout, tiers, manifest, control.check, settings.stall_timeout)
         check_readable(shown, resolved, sight)
         if control.rank not in leaders:
             return None

@@ -25,11 +25,11 @@ from slurm.testbed import Testbed
 from tests.cluster.origin import Served
 
 HERE = Path(__file__).parent
-SECONDS = float(os.environ.get("WEIGHTFERRY_TEST_SOAK_SECONDS", "40"))
+SECONDS = float(os.environ.get("WEIGHTFERRY_TEST_SOAK_SECONDS", "25"))
 SEED = int(os.environ.get("WEIGHTFERRY_TEST_SEED", "20"))
 MODELS, AT_A_TIME, MODELS_A_JOB = 20, 3, 2
 PATIENCE = 120.0  # seconds that a job may take
-PORT, CDN_PORT, FIRST_JOB_PORT = 8110, 8111, 9500
+PORT, CDN_PORT, FIRST_JOB_PORT = 8120, 8121, 9500
 
 
 def make_model(folder: Path, number: int) -> dict[str, str]:

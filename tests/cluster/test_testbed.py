@@ -169,6 +169,8 @@ def test_nodes_read_from_the_origin_and_this_machine_cannot(testbed):
     assert testbed.srun("-N4", PYTHON, "-c", script).stdout.split() == ["1000"] * 4
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{origin.url}/weights", timeout=0.3)
+    with pytest.raises(TestbedError, match="port 8000 already"):
+        testbed.start_origin(server, 8000)
     origin.process.terminate()
     origin.process.wait()
 

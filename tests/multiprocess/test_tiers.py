@@ -180,12 +180,26 @@ class TestOffline:
         assert staged(model) == [sha256s(FILES)] * 4
         assert model.hub.requests == []
 
+    def test_content_that_is_gone(self, model: Nodes, users: Path) -> None:
+        (users / f"models--org--model/snapshots/{model.hub.commit('org/model')}/w/model.bin").resolve().unlink()
+        gots, other = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/model/w/other.bin"))
+        failed_alike(gots, OriginUnreachable, "resolve", {0}, "the content is gone of w/model.bin")
+        values(other)
+
+    def test_what_two_caches_hold_of_one_commit(self, model: Nodes, users: Path) -> None:
+        model.variables["HF_HUB_OFFLINE"] = ""
+        staged(model, allow_patterns="*.json")
+        model.variables["HF_HUB_OFFLINE"] = "1"
+        assert staged(model) == [sha256s(FILES)] * 4
+
     def test_what_nobody_holds(self, model: Nodes, users: Path) -> None:
         gots, part, index = model.tries(
             partial(jobs.stage, "org/modle"),
             partial(jobs.stage, "org/model/w/none.bin"),
             partial(jobs.stage, "org/model", revision="v2"),
         )
+        climbing, *_ = model.tries(partial(jobs.stage, "org/model", revision="../../../x"))
+        failed_alike(climbing, BadRequest, "resolve", {0}, "climbs out")
         failed_alike(gots, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set", "closest there: org/model")
         failed_alike(part, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")
         failed_alike(index, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")

@@ -128,7 +128,7 @@ class TestIntroduction:
 
 
 def test_nobody_wants_anything() -> None:
-    assert agree({0: says()}) == Agreed((), (Domain(0, (0,), "h0", names=(0,)),), {}, 1, 1)
+    assert agree({0: says()}) == Agreed((), (Domain(0, (0,), "h0", names=(0,)),), {}, 1, 1, tiers={0: ()})
 
 
 LUSTRE = [Place(f"boot{machine}", 5, machine, local=False) for machine in range(4)]

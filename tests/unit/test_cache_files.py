@@ -201,11 +201,11 @@ class TestWriteWhole:
     def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_whole(tmp_path / "ref", "old")
 
-        def full(self: Path, _: str) -> None:
-            self.touch()
+        def full(path: Path, _: bytes) -> None:
+            path.touch()
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr("weightferry.cache.links.write_new", full)
         with pytest.raises(OSError, match="No space"):
             write_whole(tmp_path / "ref", "new")
         assert (tmp_path / "ref").read_text() == "old"

@@ -236,6 +236,25 @@ class TestRoom:
         self.make(three, Settings(max_size=4 * MB), size=2 * MB)
         assert not path.exists()
 
+    def test_small_files_of_another_job_count(self, cache: Cache) -> None:
+        first, lacking = wanting(cache.layout, *(File(f"{number}.bin", 300 * KB) for number in range(10)))
+        make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
+        second, other = wanting(cache.layout, File("b.bin", 3 * MB))
+        with pytest.raises(NoSpace, match="on their way"):
+            make_room(second, other, Settings(max_size=5 * MB), lambda: None)
+        second.release()
+        first.release()
+        assert unfinished(cache.layout) == []
+
+    def test_what_never_fits_takes_nothing_away(self, three: Cache) -> None:
+        use(three.layout.used_lock("models--org--a"), lambda: None)
+        for size in (9 * KB, int(3.5 * KB)):
+            with pytest.raises(NoSpace, match="max_size"):
+                self.make(three, Settings(max_size=4 * KB), size=size)
+        assert len(three.names()) == 3
+        self.make(three, Settings(max_size=4 * KB), size=3 * KB)
+        assert three.names() == ["org/a@1"]
+
     def test_who_makes_room_does_so_alone(self, three: Cache) -> None:
         surveyor, lacking = wanting(three.layout, File("w.bin", 2 * KB))
 

@@ -13,12 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import WeakFileLock
 
 from tests.unit.doubles import FakeWatch, Over
+from weightferry.cache.exclusion import Exclusion, exclusion
+from weightferry.cache.holder import Holder
+from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import Locks, Patience
 
 HOLD = """
@@ -152,6 +156,63 @@ def test_what_others_hold_is_not_waited_for(tmp_path: Path, watch: FakeWatch) ->
     assert second.take({a, b}) == set()
     second.release()
     assert not second.held(a)
+
+
+def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job on two machines saw it; one on one machine, or who evicts, cannot."""
+    monkeypatch.setattr("weightferry.cache.exclusion.is_local", lambda _: False)
+    layout = CacheLayout(tmp_path)
+    assert exclusion(layout).by_flock
+    assert not exclusion(layout, across=False).by_flock
+    assert str(exclusion(layout)) == "files (flock succeeds on two machines at once)"
+
+
+class TestHolder:
+    def test_a_living_process_is_not_dead(self) -> None:
+        assert not Holder.me().is_dead
+        assert not replace(Holder.me(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
+
+    def test_one_that_ended_or_whose_number_another_one_has(self) -> None:
+        with subprocess.Popen(["true"]) as ended:
+            pass
+        assert replace(Holder.me(), pid=ended.pid).is_dead
+        assert replace(Holder.me(), started="1").is_dead
+
+    def test_one_that_is_hidden_from_this_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        me = Holder.me()
+        monkeypatch.setattr("weightferry.cache.holder._start_of", lambda _: "")
+        assert not me.is_dead
+
+    def test_a_note_is_read_as_it_was_written(self, tmp_path: Path) -> None:
+        holder = replace(Holder.me(), claims=("held-1", "intent-1"))
+        (tmp_path / "note").write_text(holder.text)
+        assert Holder.read(tmp_path / "note") == holder
+        for text in ("", "[]", "{}", '{"host": "h"}'):
+            (tmp_path / "note").write_text(text)
+            assert Holder.read(tmp_path / "note") is None
+
+
+def test_only_the_claims_of_the_dead_are_broken(path: Path, watch: FakeWatch) -> None:
+    """The note that a process left which died may lie beside the claim of another one that lives."""
+    soft = Exclusion("as if", noted=True)
+    first, second = Locks(Patience(0.3), watch.check, soft), Locks(Patience(0.3), watch.check, soft)
+    first.wait({path})
+    dead = replace(Holder.me(), started="1", claims=("held-v1-0.claim",))
+    path.with_suffix(".holder").write_text(dead.text)
+    assert second.take({path}) == {path}
+    assert first.held(path)
+    first.release()
+
+
+def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, watch: FakeWatch) -> None:
+    first, second = Locks(Patience(9), watch.check), Locks(Patience(0.5), watch.check)
+    paths = {tmp_path / f"{number}.lock" for number in range(10)}
+    first.wait(paths)
+    began = time.monotonic()
+    second.wait(paths)
+    assert not any(second.held(path) for path in paths)
+    assert time.monotonic() - began < 10 * 0.5 + 2, "each is looked at once more"
+    first.release()
 
 
 def test_errors_of_the_work_are_not_taken_for_errors_of_the_lock(path: Path, watch: FakeWatch) -> None:

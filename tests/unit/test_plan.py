@@ -10,7 +10,7 @@ import pytest
 
 from weightferry.cache.extents import Extents
 from weightferry.cache.survey import Survey
-from weightferry.errors import AccessDenied
+from weightferry.errors import AccessDenied, OriginUnreachable
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.sources import Source
@@ -43,6 +43,16 @@ def check(made: Plan, surveys: Mapping[int, Survey]) -> None:
     for leader in surveys:
         if len(surveys) > 1:
             assert made.passed_by(leader) == made.passed_to(made.right(leader))
+
+
+def test_files_of_two_sources_are_never_in_one_bundle() -> None:
+    """Each is read from its own origin, by somebody who reaches that."""
+    sources = [Source("hf", "org/a"), Source("https", "https://host")]
+    manifest = Manifest(tuple(Pinned(source, "1" * 40, (File("x.json", 10),)) for source in sources))
+    unreachable = OriginUnreachable("no way")
+    surveys = {0: Survey(unreachable={1: unreachable}), 1: Survey(unreachable={0: unreachable})}
+    decided = plan(manifest, surveys)
+    assert [[decided.pieces[number].files for number in decided.reads[leader]] for leader in (0, 1)] == [[(0,)], [(1,)]]
 
 
 class TestCut:

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
+from weightferry.cache.evict import evict
+from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.partial import Partial
+from weightferry.cache.pins import use
+from weightferry.cache.rights import make_folder, touch
 from weightferry.cache.trust import prepare
+from weightferry.cache.unfinished import sweep
 from weightferry.errors import BadRequest
 
 NOBODY = pwd.getpwnam("nobody")
@@ -88,8 +93,7 @@ def test_what_is_made_follows_the_folder_and_not_the_umask(tmp_path: Path) -> No
         umask = os.umask(0o077)
         try:
             make_folder(root / "a/b")
-            (root / "a/b/file").touch()
-            follow(root / "a/b/file")
+            touch(root / "a/b/file")
         finally:
             os.umask(umask)
         seen = [stat.S_IMODE((root / path).stat().st_mode) for path in ("a", "a/b", "a/b/file")]
@@ -137,3 +141,57 @@ def test_private_stays_private(place: Path) -> None:
     prepare(CacheLayout(root))
     (root / "blob").write_bytes(b"secret")
     assert "PermissionError" in as_user((root / "blob").read_bytes)
+
+
+class TestLinks:
+    """What a colleague, or the user whose cache root looks after, puts in the way leads nowhere."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        """What must stay as it is."""
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/thesis").write_bytes(b"years")
+        (tmp_path / "home/.notes").write_bytes(b"more")
+        (tmp_path / "home/folder").mkdir()
+        for path in (tmp_path / "home").iterdir():
+            os.utime(path, (1, 1))
+        return tmp_path / "home"
+
+    @pytest.fixture
+    def layout(self, tmp_path: Path) -> CacheLayout:
+        for name in ("hub/models--o--bait", "partial", "verified", "used"):
+            (tmp_path / "cache" / name).mkdir(parents=True)
+        return CacheLayout(tmp_path / "cache")
+
+    def test_nothing_is_swept_or_evicted_through_one(self, layout: CacheLayout, home: Path) -> None:
+        for name in ("partial/x", "verified/x", "hub/models--o--bait/snapshots", "hub/models--o--bait/blobs", "hub/x"):
+            (layout.root / name).symlink_to(home)
+        sweep(layout, (), 0, Exclusion())
+        evict(layout, -1)
+        assert sorted(path.name for path in home.iterdir()) == [".notes", "folder", "thesis"]
+
+    def test_nothing_is_made_through_one(self, layout: CacheLayout, home: Path) -> None:
+        (layout.root / "probe.lock").symlink_to(home / "evil")
+        (layout.root / "used/models--o--bait.lock").symlink_to(home / "evil")
+        evict(layout, -1)
+        use(layout.used_lock("models--o--bait"), lambda: None)
+        with pytest.raises(OSError, match="symbolic links"):
+            touch(layout.probe)
+        assert not (home / "evil").exists()
+
+    def test_partial_data_is_not_written_into_one(self, layout: CacheLayout, home: Path) -> None:
+        (layout.partial / "m").mkdir()
+        (layout.partial / "m/key").symlink_to(home / "thesis")
+        Partial(layout.partial / "m/key", 3, "key").write(0, b"abc")
+        assert (home / "thesis").read_bytes() == b"years"
+        assert (layout.partial / "m/key").read_bytes() == b"abc"
+
+    def test_a_folder_of_the_cache_that_a_stranger_linked(self, place: Path) -> None:
+        root = place / "cache"
+        root.mkdir()
+        os.chown(root, NOBODY.pw_uid, NOBODY.pw_gid)
+        (root / "hub").symlink_to("/tmp")
+        os.lchown(root / "hub", OTHER, OTHER)
+        assert f"a link that user {OTHER} put" in check(root)
+        os.lchown(root / "hub", NOBODY.pw_uid, NOBODY.pw_gid)
+        assert check(root) == ""

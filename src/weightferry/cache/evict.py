@@ -8,14 +8,16 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weightferry.cache.exclusion import Exclusion, exclusion
 from weightferry.cache.inventory import Held, inventory, is_kept, look_at
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import alone
+from weightferry.cache.rights import entries, folders
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
         if size <= to:
             break
         with _ours(layout, held) as ours:
-            if ours and (gone := remove_commit(layout, held.repo, commit.name)) is not None:
+            if ours and (gone := _tried(remove_commit, layout, held.repo, commit.name)) is not None:
                 removed.append(Removed(held.name, commit.name, gone))
                 size -= gone
                 logger.info("evicted %s@%s: %d bytes", held.name, commit.name[:8], gone)
@@ -73,11 +75,31 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
         if size <= to:
             break
         with _ours(layout, held) as ours:
-            if ours and (gone := _remove_unshown(layout, held.repo)):
+            if ours and (gone := _tried(_remove_unshown, layout, held.repo)):
                 removed.append(Removed(held.name, "", gone))
                 size -= gone
                 logger.info("evicted content of %s that no commit shows: %d bytes", held.name, gone)
     return removed
+
+
+def _tried(remove: Callable[..., int | None], *what: Any) -> int | None:
+    """Remove something; what does not go, another user's perhaps, keeps nothing else from going."""
+    try:
+        return remove(*what)
+    except OSError as error:
+        logger.warning("not evicted: %s", error)
+        return None
+
+
+def evictable(layout: CacheLayout, locks: Exclusion) -> int:
+    """Bytes that could go now."""
+    if not locks.by_flock:
+        return 0
+    found = 0
+    for held in inventory(layout):
+        with _ours(layout, held) as ours:
+            found += held.size * ours
+    return found
 
 
 @contextlib.contextmanager
@@ -93,8 +115,9 @@ def _ours(layout: CacheLayout, held: Held) -> Iterator[bool]:
 
 def _may_remove(repo: Path) -> bool:
     """Whether a source is this user's, or that of a group which this user is in."""
-    seen = repo.stat()
-    of_group = bool(seen.st_mode & stat.S_IWGRP) and os.access(repo, os.W_OK | os.X_OK)
+    seen = repo.lstat()
+    inside = [path for path in (repo, CacheLayout.snapshots(repo), CacheLayout.blobs(repo)) if path.exists()]
+    of_group = bool(seen.st_mode & stat.S_IWGRP) and all(os.access(path, os.W_OK | os.X_OK) for path in inside)
     return os.geteuid() in (0, seen.st_uid) or of_group
 
 
@@ -123,7 +146,8 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
         return None
     left = [one for one in held.commits if one is not gone]
     # The refs first: nobody is led to a snapshot that is not there.
-    for ref in (path for path in layout.refs(repo).rglob("*") if path.is_file()):
+    refs = layout.refs(repo)
+    for ref in (path for path in (() if refs.is_symlink() else refs.rglob("*")) if path.is_file()):
         with contextlib.suppress(OSError):
             if ref.read_text() == commit:
                 ref.unlink()
@@ -176,5 +200,7 @@ def _sweep(layout: CacheLayout) -> None:
     """Remove what an eviction left that was killed."""
     with contextlib.suppress(OSError):
         for family in layout.families():
-            for trash in (*family.glob(".trash-*"), *family.glob("*/snapshots/.trash-*")):
-                shutil.rmtree(trash, ignore_errors=True)
+            for place in (family, *(layout.snapshots(repo) for repo in folders(family))):
+                for entry in entries(place):
+                    if entry.name.startswith(".trash-"):
+                        shutil.rmtree(entry.path, ignore_errors=True)  # which follows no link

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.rights import follow
+from weightferry.cache.links import write_whole
+from weightferry.cache.rights import open_file
 from weightferry.cluster.domains import is_local, mount_of
 from weightferry.cluster.flock import try_flock
 
 # Options with which `flock` keeps out processes of the same machine alone: mount.lustre(8), nfs(5).
+_ON_TWO = "flock succeeds on two machines at once"
 _ON_ONE_MACHINE = frozenset({"localflock", "nolock", "local_lock=flock", "local_lock=all"})
 
 
@@ -56,7 +58,12 @@ def exclusion(layout: CacheLayout, *, across: bool = True) -> Exclusion:
     if not why and (options := mount_of(layout.root).options & _ON_ONE_MACHINE):
         why = f"the mount option {min(options)} lets flock exclude on one machine alone"
     if not why and not across:
-        why = "flock succeeds on two machines at once"
+        # Jobs on one machine, and those who evict, cannot see that by themselves.
+        with contextlib.suppress(OSError):
+            write_whole(layout.no_flock, _ON_TWO)
+        why = _ON_TWO
+    with contextlib.suppress(OSError):
+        why = why or layout.no_flock.read_text()
     return Exclusion(why, noted=True)
 
 
@@ -76,11 +83,8 @@ def _tried(probe: Path) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    made = not path.exists()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+    descriptor = open_file(path, os.O_RDWR)
     try:
-        if made:
-            follow(path)
         yield descriptor
     finally:
         os.close(descriptor)

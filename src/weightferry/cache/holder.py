@@ -30,6 +30,8 @@ class Holder:
         The running kernel and the PID namespace in which `pid` means something.
     started : str
         When the process did, so that another one with its number is not taken for it.
+    claims : tuple of str
+        Names of what it put in place of the kernel's lock.
     """
 
     host: str
@@ -37,6 +39,7 @@ class Holder:
     job: str = ""
     machine: str = ""
     started: str = ""
+    claims: tuple[str, ...] = ()
 
     @classmethod
     def me(cls) -> Holder:
@@ -48,8 +51,9 @@ class Holder:
     def read(cls, note: Path) -> Holder | None:
         """Read what `text` wrote; None where nobody says anything."""
         try:
-            return cls(**json.loads(note.read_text()))
-        except (OSError, ValueError, TypeError):
+            said = json.loads(note.read_text())
+            return cls(**{**said, "claims": tuple(said.get("claims", ()))})
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
 
     @property
@@ -60,7 +64,16 @@ class Holder:
     @property
     def is_dead(self) -> bool:
         """Whether it is proven that the process has ended; of another machine's nothing is."""
-        return self.machine == _machine() and _start_of(self.pid) != self.started
+        if self.machine != _machine():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # it is somebody else's
+        # With hidepid nothing is told of other users' processes.
+        return _start_of(self.pid) not in ("", self.started)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (job {self.job})" if self.job else "")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import in_use
+from weightferry.cache.rights import entries, folders
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def inventory(layout: CacheLayout) -> list[Held]:
     """List the sources of a cache, sorted by name; folders that cannot be read are left out."""
     held = []
     for family in layout.families():
-        for repo in _folders(family):
+        for repo in folders(family):
             if layout.blobs(repo).is_dir() or layout.snapshots(repo).is_dir():
                 held.append(look_at(layout, repo))
     return sorted(held, key=lambda one: one.name)
@@ -81,7 +82,7 @@ def look_at(layout: CacheLayout, repo: Path) -> Held:
     """Look at one source."""
     commits = [
         Commit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
-        for snapshot in _folders(layout.snapshots(repo))
+        for snapshot in folders(layout.snapshots(repo))
     ]
     sizes = dict(_content(layout, repo))
     return Held(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
@@ -101,21 +102,13 @@ def is_used(layout: CacheLayout, held: Held) -> bool:
 
 def total(layout: CacheLayout) -> int:
     """Bytes of all content in a cache; what shows it is not looked at."""
-    return sum(size for family in layout.families() for repo in _folders(family) for _, size in _content(layout, repo))
+    return sum(size for family in layout.families() for repo in folders(family) for _, size in _content(layout, repo))
 
 
 def _content(layout: CacheLayout, repo: Path) -> Iterator[tuple[str, int]]:
-    with contextlib.suppress(OSError), os.scandir(layout.blobs(repo)) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                yield entry.name, entry.stat(follow_symlinks=False).st_size
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                yield Path(entry.path)
+    for entry in entries(layout.blobs(repo)):
+        with contextlib.suppress(OSError):
+            yield entry.name, entry.stat(follow_symlinks=False).st_size
 
 
 def _staged(layout: CacheLayout, snapshot: Path) -> float:

@@ -13,6 +13,7 @@
       verified/       notes on content that was hashed since it last changed
       used/           by source: COMMIT, touched whenever it is staged; NAME.lock, held by whoever uses it; NAME.keep
       space.lock      held by whoever makes room and takes space
+      no-flock        why flock means nothing here, once two machines were seen to hold one lock at once
       probe.lock      locked for a moment, to see whether locks exclude
 """
 
@@ -93,9 +94,14 @@ class CacheLayout:
         """Where the SHA-256 of a content is kept whose origin publishes no checksum."""
         return repo / "sha256" / blob
 
+    @property
+    def verified(self) -> Path:
+        """The folder of all notes on content that was found right."""
+        return self.root / "verified"
+
     def verified_of(self, repo: Path) -> Path:
         """The folder of the notes on its content that was found right."""
-        return self.root / "verified" / repo.name
+        return self.verified / repo.name
 
     def blob(self, pinned: Pinned, file: File) -> Path:
         """Where the content of a file gets its final name."""
@@ -154,6 +160,10 @@ class CacheLayout:
             return ()
         return tuple(family / ".locks" / path.parent.name / f"{path.name}.lock" for family in self.families())
 
+    def small_partial(self, pinned: Pinned) -> Path:
+        """What takes the space of all small files of a source until they are there."""
+        return self.partial / self._folder_name(pinned) / "small-files"
+
     def small_lock(self, pinned: Pinned) -> Path:
         """The lock on all small files of a source together."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
@@ -178,6 +188,11 @@ class CacheLayout:
     def probe(self) -> Path:
         """A file on which it is tried whether locks exclude."""
         return self.root / "probe.lock"
+
+    @property
+    def no_flock(self) -> Path:
+        """Says why `flock` means nothing here, once that was seen."""
+        return self.root / "no-flock"
 
     @property
     def space_lock(self) -> Path:

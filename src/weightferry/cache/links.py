@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.rights import make_folder, write_new
 from weightferry.errors import BadRequest
 
 
@@ -48,8 +48,7 @@ def write_whole(path: Path, content: str) -> None:
     make_folder(path.parent)
     new = beside(path)
     try:
-        new.write_text(content)
-        follow(new)
+        write_new(new, content.encode())
         new.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -66,8 +65,7 @@ def create_whole(path: Path, content: str) -> None:
     """
     new = beside(path)
     try:
-        new.write_text(content)
-        follow(new)
+        write_new(new, content.encode())
         os.link(new, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

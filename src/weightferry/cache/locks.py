@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLockProtocolError, StrictSoftFileLock, Timeout
@@ -35,7 +35,7 @@ class Patience:
     Attributes
     ----------
     longest
-        At most, whatever they do.
+        At most, all together, whatever they do.
     silence
         Without a sign of life, where they give some.
     sign_every
@@ -70,7 +70,7 @@ class Locks:
         self._patience, self._check = patience, check
         self._locks: dict[Path, BaseFileLock] = {}
         self._signs = _Signs(patience.sign_every)
-        self._me = ""
+        self._me: Holder | None = None
 
     def __repr__(self) -> str:
         return f"Locks({self.exclusion}, held={sorted(map(str, self._locks))})"
@@ -85,9 +85,10 @@ class Locks:
 
     def wait(self, paths: Iterable[Path]) -> None:
         """Take all, one after the other in the order of their paths, so that two jobs never wait for each other."""
+        until = time.monotonic() + self._patience.longest
         for path in sorted(paths):
             if path not in self._locks:
-                self._wait(path)
+                self._wait(path, until)
 
     def release(self, paths: Iterable[Path] | None = None) -> None:
         """Give back some, or all; the kernel's lock files stay, since somebody may hold a lock on a removed one."""
@@ -97,12 +98,12 @@ class Locks:
                 with contextlib.suppress(OSError, SoftFileLockProtocolError):
                     self._locks.pop(path).release()
 
-    def _wait(self, path: Path) -> None:
+    def _wait(self, path: Path, until: float) -> None:
         start, said, watched = time.monotonic(), float("-inf"), _Watched(_note_of(path))
         while not self._acquired(path, _SLICE):
             self._check()
             now = time.monotonic()
-            if now - start > self._patience.longest:
+            if now > until:
                 logger.warning("going on without the lock %s: held by %s for %.0f s", path, _who(path), now - start)
                 return
             if self._may_be_silent(path) and watched.silence() > self._patience.silence:
@@ -131,13 +132,16 @@ class Locks:
         except Timeout:
             return False
         except (NotImplementedError, OSError, SoftFileLockProtocolError) as error:
+            if isinstance(lock, StrictSoftFileLock) and _has_claims(lock):
+                return False  # another user's, which this one may not look at more closely
             # ENOLCK, EACCES (another user's lock file), EROFS, no hard links.
             logger.warning("going on without the lock %s: %s", path, error)
             return True
         self._locks[path] = lock
         if self.exclusion.noted:
-            self._me = self._me or Holder.me().text
-            self._signs.begin(_note_of(path), self._me)
+            claims = tuple(claim.name for claim in lock.claims) if isinstance(lock, StrictSoftFileLock) else ()
+            self._me = self._me or Holder.me()
+            self._signs.begin(_note_of(path), replace(self._me, claims=claims).text)
         return True
 
     def _lock(self, path: Path) -> BaseFileLock:
@@ -165,13 +169,20 @@ def _who(path: Path) -> str:
     return str(Holder.read(_note_of(path)) or holder_here(path) or "another process")
 
 
+def _has_claims(lock: StrictSoftFileLock) -> bool:
+    try:
+        return bool(lock.claims)
+    except (OSError, SoftFileLockProtocolError):
+        return False
+
+
 def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
     """Remove the claims of a holder of which it is proven that its process has ended."""
     holder = Holder.read(note)
     if holder is None or not holder.is_dead:
         return
     for claim in lock.claims:
-        if claim.pid == holder.pid:
+        if claim.name in holder.claims:
             with contextlib.suppress(FileNotFoundError):
                 lock.force_break(claim.name)
                 logger.warning("removed a claim on %s: %s has ended", lock.lock_file, holder)

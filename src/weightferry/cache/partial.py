@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from weightferry.cache.extents import Extents
 from weightferry.cache.links import write_whole
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.rights import make_folder, open_file
 
 _BUFFER = 1 << 20
 
@@ -68,10 +68,11 @@ class Partial:
         self.there = Extents((run.start, run.stop) for run in runs)
         make_folder(path.parent)
         write_whole(journal_of(path), "".join(f"{line}\n" for line in (_head(size, content), *runs)))
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        follow(path)
+        if path.is_symlink():
+            path.unlink()  # none of ours
+        self._file = open_file(path, os.O_RDWR)
         _allocate(self._file, size, path)
-        self._journal = os.open(journal_of(path), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._journal = open_file(journal_of(path), os.O_WRONLY | os.O_APPEND)
 
     def __repr__(self) -> str:
         return f"Partial({str(self.path)!r}, {self.there.total} of {self.size} bytes)"

@@ -7,6 +7,7 @@ gives it back whatever happens to the process. Whoever removes a source holds th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from weightferry.cache.holder import holder_here
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.rights import make_folder, open_file
 from weightferry.cluster.flock import try_flock
 from weightferry.errors import Stalled
 from weightferry.manifest import Manifest
@@ -32,16 +33,20 @@ _holding = threading.Lock()
 
 
 def use_all(
-    layouts: Iterable[CacheLayout], manifest: Manifest, check: Callable[[], None], limit: float = _PATIENCE
+    layout: CacheLayout,
+    tiers: Iterable[CacheLayout],
+    manifest: Manifest,
+    check: Callable[[], None],
+    limit: float = _PATIENCE,
 ) -> None:
-    """Note that this process uses every source of a manifest that is in these caches; see `use`."""
-    for layout in layouts:
+    """Note that this process uses every source of a manifest in a cache, and in others, only read; see `use`."""
+    for cache in (layout, *tiers):
         for pinned in manifest.sources:
             if not pinned.in_place:
-                use(layout.used_lock(layout.repo(pinned).name), check, limit)
+                use(cache.used_lock(cache.repo(pinned).name), check, limit, make=cache is layout)
 
 
-def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> None:
+def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE, *, make: bool = True) -> None:
     """Note that this process uses a source, until it ends; waits while the source is being evicted.
 
     A cache that this process may not even read that file of is used without: whoever evicts there has to know.
@@ -54,6 +59,8 @@ def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> None
         Called while waiting; what it raises ends the wait.
     limit
         Seconds to wait.
+    make
+        Whether to make the file where there is none.
 
     Raises
     ------
@@ -64,7 +71,7 @@ def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> None
         if lock in _held:
             return
         try:
-            descriptor = _open(lock)
+            descriptor = _open(lock, make=make)
         except OSError:
             return
         try:
@@ -111,6 +118,9 @@ def alone(lock: Path) -> Iterator[bool]:
     try:
         yield try_flock(descriptor)
     finally:
+        # Not by closing alone: a process that was forked meanwhile has the file open too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -149,12 +159,12 @@ def in_use(lock: Path) -> bool:
         return not free
 
 
-def _open(lock: Path) -> int:
+def _open(lock: Path, *, make: bool = True) -> int:
     """Open a file to lock it, for which the right to read is enough on most file systems; made where there is none."""
     for flags in (os.O_RDWR, os.O_RDONLY):  # NFS locks for writing only what is opened for that
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            return os.open(lock, flags | os.O_CLOEXEC)
+            return os.open(lock, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if not make:
+        raise FileNotFoundError(errno.ENOENT, "not there", str(lock))
     make_folder(lock.parent)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
-    follow(lock)
-    return descriptor
+    return open_file(lock, os.O_RDWR)

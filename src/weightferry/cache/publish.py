@@ -11,7 +11,7 @@ from pathlib import Path
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.links import point, write_whole
 from weightferry.cache.partial import discard
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.rights import make_folder, touch
 from weightferry.cache.survey import is_whole
 from weightferry.cache.verified import note_verified, survives_only_here
 from weightferry.manifest import File, Pinned
@@ -73,8 +73,4 @@ def note_staged(layout: CacheLayout, pinned: Pinned) -> None:
     """Note that a commit was staged now: what was longest ago is evicted first."""
     note = layout.used_note(layout.repo(pinned).name, pinned.commit)
     with contextlib.suppress(OSError):
-        make_folder(note.parent)
-        made = not note.exists()
-        note.touch()
-        if made:
-            follow(note)
+        touch(note)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from weightferry.cache.evict import evict
+from weightferry.cache.evict import evict, evictable
+from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.inventory import total
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.pins import one_at_a_time
@@ -64,10 +65,15 @@ def _keep_below(
     needed = sum(file.size or 0 for _, file in files)
     coming = sum(one.taken for one in unfinished(layout) if one.path not in mine)
     there = os.statvfs(_existing(layout.root))
-    short = max(0, settings.min_free + needed - there.f_bavail * there.f_frsize)
+    takes = sum(_takes(layout, pinned, file) for pinned, file in files)
+    short = settings.min_free + takes - there.f_bavail * there.f_frsize
     has = total(layout)
-    above = max(has + coming + needed - settings.max_size, min(short, has + coming))
+    above = max(has + coming + needed - settings.max_size, short)
     if above <= 0:
+        return
+    # What cannot be made to fit takes nothing away: a job that is tried again and again would empty the cache.
+    if above > evictable(layout, locks) + coming:
+        _check_size(layout, files, has + coming, settings, locks)
         return
     above -= sum(removed.size for removed in evict(layout, max(0, has - above), locks))
     if above > 0:
@@ -77,6 +83,13 @@ def _keep_below(
             if above <= 0:
                 break
     left = total(layout) + sum(one.taken for one in unfinished(layout) if one.path not in mine)
+    _check_size(layout, files, left, settings, locks)
+
+
+def _check_size(
+    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], left: int, settings: Settings, locks: Exclusion
+) -> None:
+    needed = sum(file.size or 0 for _, file in files)
     if left + needed > settings.max_size:
         raise NoSpace(
             f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} "

@@ -159,6 +159,15 @@ class Surveyor:
                 self._taken.add(path)
                 with at(subject=f"{pinned.name}/{file.path}"):
                     Partial(path, file.size, file.key, runs)
+        small: dict[Path, int] = {}
+        for index in self.runs:
+            pinned, file = self.files[index]
+            if (file.size or 0) < _WORTH_A_LOCK and self._locks.held(self.layout.small_lock(pinned)):
+                path = self.layout.small_partial(pinned)
+                small[path] = small.get(path, 0) + (file.size or 0)
+        for path, size in small.items():
+            self._taken.add(path)
+            Partial(path, size, "small files")
 
     def release(self) -> None:
         """Give back all locks, and space into which nothing came."""
@@ -178,7 +187,7 @@ class Surveyor:
             # Nothing takes what is doubted out of a tier.
             tiers = () if index in self._doubted else self.tiers
             for layout in (*tiers, self.layout):
-                digest = known_sha256(layout, pinned, file, self.layout) if is_whole(layout, pinned, file) else None
+                digest = self._digest(layout, pinned, file)
                 if digest is not None:
                     found[index] = digest
                     if layout is not self.layout:
@@ -187,6 +196,16 @@ class Surveyor:
             else:
                 self.places.pop(index, None)
         return found
+
+    def _digest(self, layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
+        if not is_whole(layout, pinned, file):
+            return None
+        if layout is self.layout:
+            return known_sha256(layout, pinned, file)
+        with contextlib.suppress(OSError):  # of a tier not everything need be readable
+            if os.access(layout.blob(pinned, file), os.R_OK):
+                return known_sha256(layout, pinned, file, self.layout)
+        return None
 
     def _nearby(self, index: int) -> Path | None:
         pinned, file = self.files[index]

@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
+from weightferry.cache.rights import is_own_link
 from weightferry.errors import BadRequest
 
 
@@ -60,6 +61,11 @@ def check(layout: CacheLayout) -> None:
             subject=str(root),
         )
     _check_owner(root, seen)
+    for folder in layout.own_folders():
+        if folder.is_symlink() and not is_own_link(folder):
+            raise BadRequest(
+                f"{folder} is a link that user {folder.lstat().st_uid} put into this cache: refused", subject=str(root)
+            )
     if mode & stat.S_IWOTH:
         # Where anybody may make folders, also those below may be planted.
         for folder in layout.own_folders():
@@ -74,11 +80,23 @@ def _make(root: Path, group: str) -> None:
         raise BadRequest(
             f"there is no group {group!r} here, for which a cache is to be made", subject=str(root)
         ) from None
-    with contextlib.suppress(FileExistsError):
+    try:
+        # Not made elsewhere and renamed: that takes the place of an empty folder, which another rank made and knows.
         root.mkdir(mode=0o700, parents=True)
-        if group:
-            os.chown(root, -1, gid)
-            root.chmod(0o2770)
+    except FileExistsError:
+        return
+    if group:
+        _give(root, gid, group)
+
+
+def _give(root: Path, gid: int, group: str) -> None:
+    try:
+        os.chown(root, -1, gid)
+    except PermissionError:
+        root.rmdir()
+        text = f"this user is not in the group {group!r}, for which a cache is to be made"
+        raise BadRequest(text, subject=str(root)) from None
+    root.chmod(0o2770)
 
 
 def _check_owner(folder: Path, seen: os.stat_result) -> None:

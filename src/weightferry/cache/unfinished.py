@@ -12,6 +12,7 @@ from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.partial import discard
 from weightferry.cache.pins import alone
+from weightferry.cache.rights import entries, folders
 
 _SECTOR = 512  # bytes of a block that `stat` counts
 
@@ -37,11 +38,11 @@ class Unfinished:
 def unfinished(layout: CacheLayout) -> list[Unfinished]:
     """List the partial data of a cache, what was written to longest ago first."""
     found = []
-    for path in layout.partial.glob("*/*"):
-        if path.suffix != ".journal":
+    for entry in (entry for folder in folders(layout.partial) for entry in entries(folder)):
+        if not entry.name.endswith(".journal"):
             with contextlib.suppress(OSError):
-                seen = path.stat()
-                found.append(Unfinished(path, seen.st_blocks * _SECTOR, seen.st_mtime))
+                seen = entry.stat(follow_symlinks=False)
+                found.append(Unfinished(Path(entry.path), seen.st_blocks * _SECTOR, seen.st_mtime))
     return sorted(found, key=lambda one: one.written)
 
 
@@ -77,8 +78,15 @@ def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float, locks: Exclus
     """
     for _ in drop_abandoned(layout, mine, locks, older=ttl):
         pass
-    journals = (path for path in layout.partial.glob("*/*.journal") if not path.with_suffix("").exists())
-    for half in (*journals, *layout.root.glob("verified/*/.*")):
+    for half in _halves(layout):
         with contextlib.suppress(OSError):
-            if time.time() - half.stat().st_mtime > ttl:
+            if time.time() - half.lstat().st_mtime > ttl:
                 half.unlink()
+
+
+def _halves(layout: CacheLayout) -> Iterator[Path]:
+    for folder in folders(layout.partial):
+        journals = (Path(entry.path) for entry in entries(folder) if entry.name.endswith(".journal"))
+        yield from (path for path in journals if not path.with_suffix("").exists())
+    for folder in folders(layout.verified):
+        yield from (Path(entry.path) for entry in entries(folder) if entry.name.startswith("."))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from weightferry.cluster.control import Control
-from weightferry.cluster.domains import Domain, Meeting, Met, Place, group, merge
+from weightferry.cluster.domains import READ_ONLY, Domain, Meeting, Met, Place, group, merge
 from weightferry.cluster.topology import boot_id
 from weightferry.errors import PlanMismatch, ranges
 from weightferry.settings import Settings
@@ -50,6 +50,8 @@ class Introduction:
         What it wants, by name.
     domain
         Of its cache, where the user says it.
+    tiers
+        The other caches that it sees.
     """
 
     host: str
@@ -58,6 +60,7 @@ class Introduction:
     into: Place | None
     asks: Mapping[str, Ask]
     domain: str = ""
+    tiers: Mapping[Path, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Agreed:
         How many.
     lag : bool
         Whether files may show late: some folder is on a file system that other machines see too.
+    tiers : mapping of int to (tuple of Path)
+        By leader, the other caches that every rank of its domain sees.
     token : str
         Names a meeting; empty when nothing is left to find out.
     caches, folders : tuple of int
@@ -89,6 +94,7 @@ class Agreed:
     ranks: int
     nodes: int
     lag: bool = False
+    tiers: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
     token: str = ""
     caches: tuple[int, ...] = ()
     folders: tuple[int, ...] = ()
@@ -159,7 +165,15 @@ class Mine:
             None if into is None else Place.of(into),
             self.wish.asks,
             self._settings.domain,
+            self._tiers(),
         )
+
+    def _tiers(self) -> dict[Path, Place]:
+        found = {}
+        for tier in self._settings.cache_tiers:
+            with contextlib.suppress(OSError):
+                found[tier] = Place.of(tier)
+        return found
 
     def _cache_place(self) -> Place:
         # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
@@ -179,8 +193,10 @@ class Mine:
     def _at(self, folder: Path, meeting: Meeting) -> Met | None:
         try:
             return meeting.at(folder, self._control.rank, self._control.check)
-        except PermissionError:
-            return None  # who cannot write here brings nothing, and makes no links
+        except OSError as error:
+            if error.errno in READ_ONLY:
+                return None  # who cannot write here brings nothing, and makes no links
+            raise
 
 
 class Comparing:
@@ -213,6 +229,7 @@ class Comparing:
             ranks=len(said),
             nodes=len({one.node for one in said.values()}),
             lag=not all(domain.local for domain in (*domains, *folders)),
+            tiers=_seen_by_all(domains, said),
             token=secrets.token_hex(8) if caches or into else "",
             caches=caches,
             folders=into,
@@ -227,10 +244,26 @@ class Comparing:
         domains = merge(self._agreed.domains, caches, self._names)
         _check_domains(domains, self._said, final=True)
         links = self._links(merge(self._folders, folders, self._names))
-        return replace(self._agreed, domains=domains, links=links, token="")
+        return replace(self._agreed, domains=domains, links=links, tiers=_seen_by_all(domains, self._said), token="")
 
     def _links(self, folders: Sequence[Domain]) -> dict[int, Mapping[str, Ask]]:
         return {domain.leader: _union(domain, self._said) for domain in folders}
+
+
+def _seen_by_all(domains: Sequence[Domain], said: Mapping[int, Introduction]) -> dict[int, tuple[Path, ...]]:
+    """By leader, the tiers that all ranks of its domain see: links into others would lead nowhere for some."""
+
+    def same(one: Place, other: Place | None) -> bool:
+        return one == other or (other is not None and not one.local and not other.local)
+
+    return {
+        domain.leader: tuple(
+            path
+            for path, place in said[domain.leader].tiers.items()
+            if all(same(place, said[rank].tiers.get(path)) for rank in domain.ranks)
+        )
+        for domain in domains
+    }
 
 
 def _in_question(domains: Sequence[Domain]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ _LOCAL = frozenset(
         *("overlay", "ramfs", "reiserfs", "rootfs", "squashfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
     }
 )
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LOOKS = (0.02, 0.5)  # seconds between two looks for a file that must appear: the first, the longest
 
 
@@ -251,10 +252,8 @@ def _is_locked(file: Path) -> bool:
     try:
         with file.open("r+") as opened:
             return not try_flock(opened.fileno())
-    except PermissionError:
-        return True  # who cannot write here takes no locks
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in READ_ONLY  # who cannot write here takes no locks
 
 
 def await_visible(look: Callable[[], T], path: Path, patience: float, check: Callable[[], None]) -> T:

@@ -160,5 +160,5 @@ class Recording(dist.Store):
     def remove_all(self) -> None:
         """Remove what was set."""
         with contextlib.suppress(dist.DistError):
-            for key in self._keys:
+            for key in list(self._keys):
                 self._store.delete_key(key)

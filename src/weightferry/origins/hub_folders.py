@@ -17,7 +17,7 @@ from weightferry.manifest import File, Pinned
 from weightferry.origins.base import Origin, Unreachable, closest, origin_for
 from weightferry.origins.filesystem import read_file
 from weightferry.settings import Settings
-from weightferry.sources import Source
+from weightferry.sources import Source, safe_path
 
 _DEFAULT_REVISION = "main"  # huggingface_hub's own
 _DIGITS = {64: "sha256", 40: "git-sha1"}
@@ -71,18 +71,25 @@ class HubFolders:
         return make
 
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
-        """See `Origin.resolve`: a commit is what a snapshot shows of it, all that was ever wanted."""
-        for folder in self._folders:
-            repo = _repo_in(folder, source)
-            commit = _commit(repo, source.revision or _DEFAULT_REVISION)
-            files = _shown(repo / "snapshots" / commit) if commit else {}
-            if all(any(_is_below(name, path) for name in files) for path in paths):
-                kept = tuple(file for name, file in files.items() if any(_is_below(name, path) for path in paths))
-                return Pinned(source, commit, kept)
+        """See `Origin.resolve`: a commit is what all snapshots of it show together, all that was ever wanted."""
+        repos = [_repo_in(folder, source) for folder in self._folders]
+        revision = safe_path(source.revision or _DEFAULT_REVISION)
+        commit = next((commit for repo in repos if (commit := _commit(repo, revision))), "")
+        files: dict[str, File | None] = {}
+        for repo in repos if commit else ():
+            for name, file in _shown(repo / "snapshots" / commit).items():
+                files[name] = files.get(name) or file
+        wanted = {name: file for name, file in files.items() if any(_is_below(name, path) for path in paths)}
+        if all(any(_is_below(name, path) for name in wanted) for path in paths):
+            there = tuple(file for _, file in sorted(wanted.items()) if file)
+            if len(there) == len(wanted):
+                return Pinned(source, commit, there)
+            lost = ", ".join(name for name, file in wanted.items() if file is None)
+            raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and the content is gone of {lost}", subject=str(source))
         where = ", ".join(map(str, self._folders))
-        there = [name for folder in self._folders for name in _names_in(folder)]
+        known = [name for folder in self._folders for name in _names_in(folder)]
         raise OriginUnreachable(
-            f"HF_HUB_OFFLINE is set, and this is not in {where}{closest(source.root, there)}", subject=str(source)
+            f"HF_HUB_OFFLINE is set, and this is not in {where}{closest(source.root, known)}", subject=str(source)
         )
 
     def read(
@@ -111,22 +118,27 @@ def _is_below(name: str, path: str) -> bool:
 
 def _commit(repo: Path, revision: str) -> str:
     """The commit of a branch, a tag or a commit; empty when it is not there."""
-    with contextlib.suppress(OSError):
-        return (repo / "refs" / revision).read_text().strip()
-    return revision if (repo / "snapshots" / revision).is_dir() else ""
+    with contextlib.suppress(OSError, ValueError):
+        commit = (repo / "refs" / revision).read_text().strip()
+        return commit if commit.isalnum() else ""
+    return revision if revision.isalnum() and (repo / "snapshots" / revision).is_dir() else ""
 
 
-def _shown(snapshot: Path) -> dict[str, File]:
-    files = {}
+def _shown(snapshot: Path) -> dict[str, File | None]:
+    """What a snapshot shows, by its name; None for links that lead nowhere."""
+    files: dict[str, File | None] = {}
     for above, _, names in os.walk(snapshot):
         for name in names:
             path = Path(above, name)
             key = path.resolve().name
-            with contextlib.suppress(OSError, KeyError, ValueError):
+            inside = path.relative_to(snapshot).as_posix()
+            with contextlib.suppress(KeyError, ValueError):
                 checksum = Checksum(_DIGITS[len(key)], key)  # type: ignore[arg-type]
-                inside = path.relative_to(snapshot).as_posix()
-                files[inside] = File(inside, path.stat().st_size, checksum)
-    return dict(sorted(files.items()))
+                try:
+                    files[inside] = File(inside, path.stat().st_size, checksum)
+                except OSError:
+                    files[inside] = None
+    return files
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -129,7 +129,7 @@ class Arriving:
     def open(self, flags: int) -> int:
         """Open the data, wherever it is by now."""
         try:
-            return os.open(self.path, flags | os.O_CLOEXEC)
+            return os.open(self.path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return os.open(self._layout.blob(self.pinned, self.file), flags | os.O_CLOEXEC)
 

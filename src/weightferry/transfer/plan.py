@@ -119,7 +119,10 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
         files,
         wanted,
         able,
-        lambda index: tuple((index in held.whole, index in held.nearby) for held in surveys.values()),
+        lambda index: (
+            manifest.source_of(index),  # one reader, from one origin
+            *((index in held.whole, index in held.nearby) for held in surveys.values()),
+        ),
         lambda index: {edge for held in surveys.values() for span in held.parts.get(index, ()) for edge in span},
     )
     lacks = {

@@ -113,7 +113,7 @@ class Reading:
         if self._nearby and index in self._stock.nearby:
             try:
                 return read(self._nearby)
-            except CollectError as error:
+            except (CollectError, OSError) as error:
                 self._course.check()
                 logger.warning("%s/%s: %s; reading from the origin", pinned.name, file.path, error)
         return read(self._fetchers[pinned.source.scheme])

@@ -265,22 +265,22 @@ def join(
     context manager
         To be left when the transfer is over: it removes what neighbours met by.
     """
-    met = contextlib.ExitStack()
     plan, me = orders.plan, control.rank
-    for left, right in plan.edges_of(me):
-        other = left if right == me else right
-        store = met.enter_context(control.meeting(f"edge/{orders.attempt}/{left}-{right}"))
-        with _patience(settings, course):
-            neighbour = Neighbour(control.names[other], orders.hosts[other])
-            edge = connect(store, int(right == me), neighbour, settings, course)
-        if left == me:
-            works = {"send": Sender(edge, passing, stock, plan.pieces, course).run}
-        else:
-            receiver = Receiver(edge, stock, plan.pieces, passing.look, course)
-            works = {"headers": receiver.headers, "bodies": receiver.bodies}
-        for name, work in works.items():
-            course.start(name, _patience(settings, course)(work))
-    return met
+    with contextlib.ExitStack() as met:
+        for left, right in plan.edges_of(me):
+            other = left if right == me else right
+            store = met.enter_context(control.meeting(f"edge/{orders.attempt}/{left}-{right}"))
+            with _patience(settings, course):
+                neighbour = Neighbour(control.names[other], orders.hosts[other])
+                edge = connect(store, int(right == me), neighbour, settings, course)
+            if left == me:
+                works = {"send": Sender(edge, passing, stock, plan.pieces, course).run}
+            else:
+                receiver = Receiver(edge, stock, plan.pieces, passing.look, course)
+                works = {"headers": receiver.headers, "bodies": receiver.bodies}
+            for name, work in works.items():
+                course.start(name, _patience(settings, course)(work))
+        return met.pop_all()
 
 
 @contextlib.contextmanager

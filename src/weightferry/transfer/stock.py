@@ -11,7 +11,7 @@ from threading import Lock
 
 from weightferry.cache.partial import Run, discard
 from weightferry.cache.publish import publish
-from weightferry.cache.rights import follow, make_folder
+from weightferry.cache.rights import make_folder, write_new
 from weightferry.cache.survey import Surveyor
 from weightferry.errors import IntegrityError, at
 from weightferry.hashing import Hashes
@@ -170,8 +170,7 @@ class Stock:
         with at(subject=f"{pinned.name}/{file.path}"):
             try:
                 make_folder(path.parent)
-                path.write_bytes(content)
-                follow(path)
+                write_new(path, content)
                 with at(phase="publish"):
                     publish(self._layout, pinned, file, path, sha256, sync=False)
             finally:
