@@ -7,12 +7,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from weightferry.errors import BadRequest, CollectError
+from weightferry.named_path import NamedPath
 from weightferry.report.text import size
 
 if TYPE_CHECKING:
@@ -20,11 +22,23 @@ if TYPE_CHECKING:
     from weightferry.cache.layout import CacheLayout
     from weightferry.cache.verify import Verified
 
-_cache_dir = click.option("--cache-dir", metavar="D", type=click.Path(path_type=Path), help="The cache folder.")
+_cache_dir = click.option("--cache-dir", metavar="D", type=NamedPath(path_type=Path), help="The cache folder.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group()
+class _Told(click.Group):
+    """Says what went wrong in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command`."""
+        try:
+            return super().invoke(ctx)
+        except (CollectError, OSError) as error:
+            click.echo(f"weightferry: {type(error).__name__}: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Told)
 def cache() -> None:
     """Look at the cache of this node, check it, and make room in it."""
 
@@ -33,7 +47,10 @@ def _layout(cache_dir: Path | None) -> CacheLayout:
     from weightferry.cache.layout import CacheLayout
     from weightferry.settings import Settings
 
-    return CacheLayout(Settings.from_environ(cache_dir=cache_dir).cache_dir)
+    layout = CacheLayout(Settings.from_environ(cache_dir=cache_dir).cache_dir)
+    if layout.root.exists() and not (layout.root.is_dir() and os.access(layout.root, os.R_OK | os.X_OK)):
+        raise BadRequest(f"{layout.root} is no folder that this user may read")
+    return layout
 
 
 @cache.command()
@@ -49,6 +66,7 @@ def where(cache_dir: Path | None) -> None:
 def ls(cache_dir: Path | None, as_json: bool) -> None:
     """List the sources: size, commits, when they were last staged, and whether they may be evicted."""
     from weightferry.cache.inventory import inventory
+    from weightferry.cache.unfinished import unfinished
 
     layout = _layout(cache_dir)
     rows = [_row(layout, held) for held in inventory(layout)]
@@ -57,11 +75,13 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
         return
     width = max((len(row["source"]) for row in rows), default=6)
     for row in rows:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["staged"]))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["staged"])) if row["staged"] else "-"
         state = "pinned" if row["pinned"] else "in use" if row["in_use"] else ""
         commits = ",".join(commit[:8] for commit in row["commits"][-3:])
-        click.echo(f"{row['source']:{width}}  {size(row['bytes']):>9}  {when}  {state:6}  {commits}")
+        click.echo(f"{row['source']:{width}}  {size(row['bytes']):>9}  {when:16}  {state:6}  {commits}")
     click.echo(f"{len(rows)} sources, {size(sum(row['bytes'] for row in rows))} in {layout.root}")
+    if left := sum(one.taken for one in unfinished(layout)):
+        click.echo(f"{size(left)} on their way, or left by jobs that were killed")
 
 
 def _row(layout: CacheLayout, held: Held) -> dict[str, Any]:
@@ -84,9 +104,12 @@ def _row(layout: CacheLayout, held: Held) -> dict[str, Any]:
 @_cache_dir
 @_json
 def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
-    """Remove what was staged longest ago; nothing that is pinned, or that a living process uses."""
+    """Remove what was staged longest ago, then what killed jobs left; nothing that is pinned, or in use."""
+    from weightferry.cache.evict import Removed
     from weightferry.cache.evict import evict as make_room
+    from weightferry.cache.exclusion import exclusion
     from weightferry.cache.inventory import total
+    from weightferry.cache.unfinished import drop_abandoned, unfinished
     from weightferry.settings import byte_count
 
     layout = _layout(cache_dir)
@@ -95,13 +118,18 @@ def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--to") from None
     removed = make_room(layout, wanted)
-    left = total(layout)
+    left = total(layout) + sum(one.taken for one in unfinished(layout))
+    for gone in drop_abandoned(layout, (), exclusion(layout)) if left > wanted else ():
+        removed.append(Removed("what killed jobs left", "", gone))
+        left -= gone
+        if left <= wanted:
+            break
     if as_json:
         told = [{"source": one.source, "commit": one.commit, "bytes": one.size} for one in removed]
         click.echo(json.dumps({"removed": told, "bytes_left": left}, indent=2))
     else:
         for one in removed:
-            what = f"{one.source}@{one.commit[:8]}" if one.commit else f"what nothing shows of {one.source}"
+            what = f"{one.source}@{one.commit[:8]}" if one.commit else one.source
             click.echo(f"removed {what}  {size(one.size)}")
         click.echo(f"{size(left)} left in {layout.root}")
     if left > wanted:
@@ -180,26 +208,37 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
 
     settings = Settings.from_environ(cache_dir=cache_dir)
     layout, topology = _layout(cache_dir), read_topology()
-    if source:
-        _find(layout, source)
+
+    def look() -> Verified | None:
+        held = _held(layout, source) if source else None
+        if source and held is None:
+            return None
+        return read_all(layout, control.moved, held.name if held else "", control.expect)
+
+    def somebody_has_it(said: Mapping[int, Verified | None]) -> dict[int, Verified]:
+        found = {leader: one for leader, one in said.items() if one is not None}
+        if not found:
+            raise _not_there(layout, source)
+        return found
+
     try:
         with joined(settings, topology, "verify") as control:
             _, agreed = agree(control, lambda: Wish({}), settings)
             hosts = {domain.leader: domain.host for domain in agreed.domains}
             with shown(control.seen, hosts, "read") if topology.rank == 0 else contextlib.nullcontext():
-                found: dict[int, Verified] = control.round(
-                    "verify", lambda: read_all(layout, control.moved, source, control.expect), dict, agreed.leaders
-                )
-            if control.rank == 0:
-                click.echo(_verified_json(found, hosts) if as_json else _verified_text(found, hosts))
-            bad = any(said.damaged for said in found.values())
-            if bad and repair:
+                found = control.round("verify", look, somebody_has_it, agreed.leaders)
+            if control.rank == 0 and not as_json:
+                click.echo(_verified_text(found, hosts))
+            left = tuple(dict.fromkeys(one.source for said in found.values() for one in said.damaged))
+            if left and repair:
                 from weightferry.repair import repair as bring_anew
 
                 left = bring_anew(control, layout, settings, found)
                 if control.rank == 0 and not as_json:
                     click.echo("repaired" if not left else f"not repaired: {', '.join(left)}; stage them again")
-                bad = bool(left)
+            if control.rank == 0 and as_json:
+                click.echo(_verified_json(found, hosts, left if repair else None))
+            bad = bool(left)
     except CollectError as error:
         if topology.rank == 0:
             click.echo(f"weightferry: {type(error).__name__}: {error}", err=True)
@@ -207,7 +246,7 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
     sys.exit(1 if bad else 0)
 
 
-def _verified_json(found: dict[int, Verified], hosts: dict[int, str]) -> str:
+def _verified_json(found: dict[int, Verified], hosts: dict[int, str], left: tuple[str, ...] | None) -> str:
     return json.dumps(
         [
             {
@@ -216,7 +255,13 @@ def _verified_json(found: dict[int, Verified], hosts: dict[int, str]) -> str:
                 "bytes": said.size,
                 "without_checksum": said.unknown,
                 "damaged": [
-                    {"source": one.source, "paths": one.paths, "blob": str(one.blob), "why": one.why}
+                    {
+                        "source": one.source,
+                        "paths": one.paths,
+                        "blob": str(one.blob),
+                        "why": one.why,
+                        "repaired": left is not None and one.source not in left,
+                    }
                     for one in said.damaged
                 ],
             }
@@ -236,13 +281,22 @@ def _verified_text(found: dict[int, Verified], hosts: dict[int, str]) -> str:
 
 
 def _find(layout: CacheLayout, source: str) -> Held:
+    held = _held(layout, source)
+    if held is None:
+        raise _not_there(layout, source)
+    return held
+
+
+def _held(layout: CacheLayout, source: str) -> Held | None:
+    from weightferry.cache.inventory import inventory
+
+    name = source.removeprefix("hf://")
+    return next((one for one in inventory(layout) if name in (one.name, one.repo.name)), None)
+
+
+def _not_there(layout: CacheLayout, source: str) -> BadRequest:
     from weightferry.cache.inventory import inventory
     from weightferry.origins.base import closest
 
-    held = inventory(layout)
-    for one in held:
-        if source in (one.name, one.repo.name):
-            return one
-    error = BadRequest(f"{source} is not in {layout.root}{closest(source, [one.name for one in held])}")
-    click.echo(f"weightferry: {error}", err=True)
-    sys.exit(1)
+    near = closest(source, [one.name for one in inventory(layout)])
+    return BadRequest(f"{source} is not in {layout.root}{near}")

@@ -7,25 +7,17 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from weightferry._version import __version__
 from weightferry.cache_command import cache
 from weightferry.errors import BadRequest, CollectError
+from weightferry.named_path import NamedPath
 
 if TYPE_CHECKING:
     from weightferry.report.run import RunReport
-
-
-class _Named(click.Path):
-    """A path that has a name: ``--to "$UNSET"`` would mean the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("may not be empty", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,12 +38,12 @@ def main(verbose: int) -> None:
 @main.command()
 @click.argument("source")
 @click.option("--revision", metavar="R", help="Branch, tag or commit, for the Hub.")
-@click.option("--cache-dir", metavar="D", type=_Named(path_type=Path), help="The cache folder of this node.")
-@click.option("--to", metavar="DIR", type=_Named(path_type=Path), help="Link the files here under their own paths.")
+@click.option("--cache-dir", metavar="D", type=NamedPath(path_type=Path), help="The cache folder of this node.")
+@click.option("--to", metavar="DIR", type=NamedPath(path_type=Path), help="Link the files here under their own paths.")
 @click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
-@click.option("--lockfile", metavar="FILE", type=_Named(path_type=Path), help="Resolve from it; see prefetch.")
-@click.option("--report", metavar="FILE", type=_Named(path_type=Path, dir_okay=False), help="Write a JSON report.")
+@click.option("--lockfile", metavar="FILE", type=NamedPath(path_type=Path), help="Resolve from it; see prefetch.")
+@click.option("--report", metavar="FILE", type=NamedPath(path_type=Path, dir_okay=False), help="Write a JSON report.")
 def stage(
     source: str,
     revision: str | None,
@@ -97,9 +89,9 @@ def stage(
 
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--lockfile", metavar="FILE", required=True, type=_Named(path_type=Path), help="Write it.")
+@click.option("--lockfile", metavar="FILE", required=True, type=NamedPath(path_type=Path), help="Write it.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit, for the Hub.")
-@click.option("--cache-dir", metavar="D", type=_Named(path_type=Path), help="The cache folder of this node.")
+@click.option("--cache-dir", metavar="D", type=NamedPath(path_type=Path), help="The cache folder of this node.")
 @click.option("--include", metavar="GLOB", multiple=True, help="Only files that match; may be repeated.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="No files that match; may be repeated.")
 def prefetch(
@@ -126,6 +118,8 @@ def prefetch(
     from weightferry.staging import collect
 
     def wish() -> Wish:
+        if not lockfile.absolute().parent.is_dir() or lockfile.is_dir():
+            raise BadRequest("the lock file cannot be made there", subject=str(lockfile))
         return Wish({one: Ask.of(one, revision=revision, allow=include, ignore=exclude) for one in sources})
 
     try:

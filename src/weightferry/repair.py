@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.verify import Verified, remove_damaged
+from weightferry.cache.verify import Damage, Verified, doubt, promised
 from weightferry.cluster.agree import Wish
 from weightferry.cluster.control import Control
+from weightferry.manifest import File, Manifest, Pinned
+from weightferry.origins.locked import Lockfile
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import Ask, understand
 from weightferry.staging import collect
+
+Sizes = dict[tuple[str, str], int]
+"""Bytes of content, by repository and name."""
 
 
 def repair(control: Control, layout: CacheLayout, settings: Settings, found: Mapping[int, Verified]) -> tuple[str, ...]:
-    """Remove what is damaged and stage it again, on all nodes at once; every rank calls it.
+    """Stage again what is damaged, on all nodes at once; every rank calls it.
+
+    Where every damaged file is right on some node, no origin is asked.
 
     Parameters
     ----------
@@ -31,21 +41,69 @@ def repair(control: Control, layout: CacheLayout, settings: Settings, found: Map
     CollectError
         The same on every rank.
     """
+    damaged = [one for said in found.values() for one in said.damaged]
+    known = {one: _ask(one) for one in damaged if one.repo_id and one.commits and one.paths}
 
-    def remove() -> None:
-        for damage in found.get(control.rank, Verified()).damaged:
-            remove_damaged(layout, damage)
+    def look() -> Sizes:
+        mine = found.get(control.rank, Verified()).damaged
+        for one in mine:
+            doubt(layout, one)
+        return _right_here(layout, list(known), {one.blob.name for one in mine})
 
-    control.round("repair", remove, lambda _: None)
-    asks: dict[str, Ask] = {}
-    lost: dict[str, None] = {}
-    for damage in (one for said in found.values() for one in said.damaged):
-        if not damage.repo_id or not damage.commits or not damage.paths:
-            lost[damage.source] = None
-            continue
-        for path in damage.paths:
-            source = f"hf://{damage.repo_id}@{damage.commits[-1]}"
-            asks[f"{source}/{path}"] = Ask.of(source, path)
-    if asks:
-        collect(lambda: Wish(asks), control, settings)
-    return tuple(lost)
+    sizes = control.round("repair", look, _together, list(found))
+    if known:
+        asks = {f"{number}/{path}": ask for number, one in enumerate(known.values()) for path, ask in one.items()}
+        with _pinned(control, list(known), sizes) as lockfile:
+            collect(lambda: Wish(asks), control, settings, lockfile=lockfile)
+    return tuple(dict.fromkeys(one.source for one in damaged if one not in known))
+
+
+def _together(said: Mapping[int, Sizes]) -> Sizes:
+    return {key: size for one in said.values() for key, size in one.items()}
+
+
+def _ask(damage: Damage) -> dict[str, Ask]:
+    source = f"hf://{damage.repo_id}@{damage.commits[-1]}"
+    return {path: Ask.of(source, path) for path in damage.paths}
+
+
+def _right_here(layout: CacheLayout, damaged: list[Damage], wrong: set[str]) -> Sizes:
+    sizes = {}
+    for one in damaged:
+        blob = layout.hub / one.blob.parents[1].name / "blobs" / one.blob.name
+        with contextlib.suppress(OSError):
+            if blob.name not in wrong:
+                sizes[one.repo_id, blob.name] = blob.stat().st_size
+    return sizes
+
+
+@contextlib.contextmanager
+def _pinned(control: Control, damaged: list[Damage], sizes: Sizes) -> Iterator[Path | None]:
+    """Write a lock file on rank 0 of what is to be brought; None where the origin has to be asked for sizes."""
+    if any((one.repo_id, one.blob.name) not in sizes for one in damaged):
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "repair.lock"
+        if control.rank == 0:
+            sources = tuple(_as_pinned(one, sizes[one.repo_id, one.blob.name]) for one in damaged)
+            path.write_text(Lockfile.text(Manifest(_joined(sources))))
+        yield path
+
+
+def _as_pinned(damage: Damage, size: int) -> Pinned:
+    source = understand(next(iter(_ask(damage).values())), lambda _: False)
+    checksum = promised(damage.blob.name)
+    root = Ask.of(f"hf://{damage.repo_id}@{damage.commits[-1]}")
+    files = tuple(File(path, size, checksum) for path in damage.paths)
+    return Pinned(understand(root, lambda _: False), source.revision or damage.commits[-1], files)
+
+
+def _joined(sources: tuple[Pinned, ...]) -> tuple[Pinned, ...]:
+    """One entry for each source, with all its files."""
+    joined: dict[tuple[object, str], Pinned] = {}
+    for pinned in sources:
+        key = (pinned.source, pinned.commit)
+        files = joined[key].files + pinned.files if key in joined else pinned.files
+        joined[key] = Pinned(pinned.source, pinned.commit, files)
+    return tuple(joined.values())

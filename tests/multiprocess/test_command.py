@@ -204,3 +204,49 @@ def test_a_cache_is_verified_and_repaired_on_all_nodes(model: Nodes) -> None:
     assert f"expected sha256 {damaged.name}" in first
     assert damaged.read_bytes() == content
     assert model.hub.content_bytes() == served, "the other node has the right bytes"
+
+
+def cache_command(model: Nodes, *arguments: str) -> list[tuple[int, str, str]]:
+    return model.run(jobs.command, model.place, "cache", *arguments)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_repair_needs_no_origin_where_a_node_has_the_right_bytes(model: Nodes, node: int) -> None:
+    model.run(jobs.command, model.place, "stage", "org/model")
+    damaged, gone = sorted(model.cache(2 * node).glob("hub/*/blobs/*"))[:2]
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"?" * (len(content) + 1))
+    gone.unlink()
+    model.variables["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = cache_command(model, "verify")
+    assert [code for code, _, _ in done] == [1] * 4
+    assert "is not there" in done[0][1]
+    asked = len(model.hub.requests)
+    done = cache_command(model, "verify", "--repair", "--json")
+    assert [code for code, _, _ in done] == [0] * 4, done
+    told = [one["repaired"] for said in json.loads(done[0][1]) for one in said["damaged"]]
+    assert told == [True, True]
+    assert [code for code, _, _ in cache_command(model, "verify")] == [0] * 4
+    assert damaged.read_bytes() == content
+    assert len(model.hub.requests) == asked
+
+
+def test_a_repair_that_fails_hides_nothing(model: Nodes) -> None:
+    model.run(jobs.command, model.place, "stage", "org/model")
+    for rank in (0, 2):
+        next(model.cache(rank).glob("hub/*/blobs/*")).write_bytes(b"?")
+    model.variables["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert [code for code, _, _ in cache_command(model, "verify", "--repair")] == [1] * 4
+    done = cache_command(model, "verify")
+    assert [code for code, _, _ in done] == [1] * 4
+    assert done[0][1].count("1 damaged") == 2
+
+
+def test_a_source_that_one_node_has_is_verified_there(model: Nodes) -> None:
+    (model.cache(2) / "hub/models--org--alone/blobs").mkdir(parents=True)
+    done = cache_command(model, "verify", "org/alone")
+    assert [code for code, _, _ in done] == [0] * 4, done
+    assert done[0][1].count("0 damaged") == 1
+    done = cache_command(model, "verify", "org/aloen")
+    assert [code for code, _, _ in done] == [1] * 4
+    assert "org/aloen is not in" in done[0][2]

@@ -180,6 +180,13 @@ class TestOffline:
         assert staged(model) == [sha256s(FILES)] * 4
         assert model.hub.requests == []
 
+    def test_content_that_only_another_node_still_has(self, model: Nodes) -> None:
+        model.variables["HF_HUB_OFFLINE"] = ""
+        staged(model)
+        model.variables["HF_HUB_OFFLINE"] = "1"
+        max(model.cache(0).glob("hub/*/blobs/*"), key=lambda path: path.stat().st_size).unlink()
+        assert staged(model) == [sha256s(FILES)] * 4
+
     def test_content_that_is_gone(self, model: Nodes, users: Path) -> None:
         (users / f"models--org--model/snapshots/{model.hub.commit('org/model')}/w/model.bin").resolve().unlink()
         gots, other = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/model/w/other.bin"))

@@ -111,7 +111,10 @@ def test_content_that_nothing_shows_goes_last(cache: Cache) -> None:
         (blobs / "0123").write_bytes(b"0" * KB)
     removed = [(one.source, one.commit, one.size) for one in evict(cache.layout, 2 * KB)]
     assert removed == [("org/a", "1", 2 * KB)], "with the last commit of a source all of it"
-    assert [(one.source, one.commit) for one in evict(cache.layout, 0)] == [("org/b", "1"), ("org/c", "")]
+    assert [(one.source, one.commit) for one in evict(cache.layout, 0)] == [
+        ("org/b", "1"),
+        ("what no commit shows of org/c", ""),
+    ]
     assert list(cache.layout.hub.iterdir()) == []
 
 
@@ -212,7 +215,7 @@ class TestRoom:
         first, lacking = wanting(cache.layout, File("a.bin", 3 * MB))
         make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
         second, other = wanting(cache.layout, File("b.bin", 3 * MB))
-        with pytest.raises(NoSpace, match="on their way"):
+        with pytest.raises(NoSpace, match="on its way"):
             make_room(second, other, Settings(max_size=5 * MB), lambda: None)
         second.release()
         first.release()
@@ -240,7 +243,7 @@ class TestRoom:
         first, lacking = wanting(cache.layout, *(File(f"{number}.bin", 300 * KB) for number in range(10)))
         make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
         second, other = wanting(cache.layout, File("b.bin", 3 * MB))
-        with pytest.raises(NoSpace, match="on their way"):
+        with pytest.raises(NoSpace, match="on its way"):
             make_room(second, other, Settings(max_size=5 * MB), lambda: None)
         second.release()
         first.release()
@@ -345,6 +348,35 @@ class TestCommand:
         assert self.run(three, "rm", "org/a")[0] == 1
         self.run(three, "unpin", "org/a")
         assert self.run(three, "rm", "org/a") == (0, "removed org/a  1 kB\n")
+
+    def test_what_killed_jobs_left(self, cache: Cache) -> None:
+        left, lacking = wanting(cache.layout, File("left.bin", 3 * MB))
+        left.take_space()
+        path = cache.layout.partial_of(*lacking[0])
+        with path.with_name(f"{path.name}.journal").open("a") as journal:
+            journal.write("0 1000 00000000\n")
+        assert "3 MB on their way, or left by jobs" in self.run(cache, "ls")[1]
+        assert self.run(cache, "evict", "--to", "0")[0] == 1, "its job lives"
+        left.release()
+        code, said = self.run(cache, "evict", "--to", "0")
+        assert (code, path.exists()) == (0, False)
+        assert "removed what killed jobs left  3 MB" in said
+
+    @pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("evict", "--to", "0"), ("where",), ("rm", "org/a")])
+    def test_what_is_wrong_is_told_in_one_line(
+        self, three: Cache, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WEIGHTFERRY_MAX_SIZE", "many")
+        code, said = self.run(three, *arguments)
+        assert (code, said.count("\n")) == (1, 1)
+        assert "WEIGHTFERRY_MAX_SIZE must be a size" in said
+
+    def test_what_is_no_cache(self, three: Cache, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        code, said = self.run(Cache(tmp_path / "file"), "ls")
+        assert (code, "is no folder" in said) == (1, True)
+        done = CliRunner().invoke(main, ["cache", "evict", "--to", "0", "--cache-dir", ""])
+        assert (done.exit_code, "may not be empty" in done.output) == (2, True)
 
     def test_a_name_that_is_not_there(self, three: Cache) -> None:
         code, said = self.run(three, "rm", "org/aa")

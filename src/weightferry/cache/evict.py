@@ -76,7 +76,7 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
             break
         with _ours(layout, held) as ours:
             if ours and (gone := _tried(_remove_unshown, layout, held.repo)):
-                removed.append(Removed(held.name, "", gone))
+                removed.append(Removed(f"what no commit shows of {held.name}", "", gone))
                 size -= gone
                 logger.info("evicted content of %s that no commit shows: %d bytes", held.name, gone)
     return removed

@@ -92,13 +92,11 @@ def _check_size(
     needed = sum(file.size or 0 for _, file in files)
     if left + needed > settings.max_size:
         raise NoSpace(
-            f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} "
-            f"(max_size): it has {told(left)}, "
-            + (
-                "which are in use, on their way, pinned, or somebody else's"
-                if locks.by_flock
-                else f"and of nothing is it known that nobody uses it: {locks.why}"
-            ),
+            f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} (max_size)"
+            if needed > settings.max_size
+            else f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} "
+            f"(max_size): it has {told(left)}, too much of it "
+            + ("in use, on its way, pinned, or somebody else's" if locks.by_flock else f"perhaps in use: {locks.why}"),
             subject=str(layout.root),
         )
 

@@ -77,25 +77,46 @@ def verify(
         for (held, blob), why in zip(wanted, wrong, strict=True)
         if why not in ("", "?")
     )
-    return Verified(
-        len(wanted), sum(held.sizes[blob] for held, blob in wanted), sum(why == "?" for why in wrong), damaged
+    gone = tuple(
+        _damage(layout, held, blob, "is not there")
+        for held in inventory(layout)
+        if only in ("", held.name)
+        for blob in sorted(_gone(layout, held))
     )
+    size = sum(held.sizes[blob] for held, blob in wanted)
+    return Verified(len(wanted) + len(gone), size, sum(why == "?" for why in wrong), damaged + gone)
 
 
-def remove_damaged(layout: CacheLayout, damage: Damage) -> None:
-    """Take damaged content out of its place, so that the next operation brings it anew."""
-    for path in (layout.verified_of(damage.blob.parents[1]) / damage.blob.name, damage.blob):
+def doubt(layout: CacheLayout, damage: Damage) -> None:
+    """Let the next operation hash content again, and bring it anew.
+
+    It stays in its place until the right one takes that; only of a source without checksums, whose next operation would
+    not find it wrong, it is removed.
+    """
+    notes = layout.verified_of(damage.blob.parents[1]) / damage.blob.name
+    for path in (notes,) if damage.repo_id else (notes, damage.blob):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+def _gone(layout: CacheLayout, held: Held) -> set[str]:
+    """Names of content that a snapshot shows and that is nowhere, in no tier either."""
+    gone = set()
+    for commit in held.commits:
+        if not held.sizes.keys() >= set(commit.blobs):
+            for path in (layout.snapshots(held.repo) / commit.name).rglob("*"):
+                if path.is_symlink() and not path.exists():
+                    gone.add(path.readlink().name)
+    return gone
 
 
 def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
     """Return what is wrong with a content, an empty text when it is right, ``?`` when nothing is promised."""
     path = CacheLayout.blobs(held.repo) / blob
-    promised = _promised(held, blob)
-    if promised is None:
+    wanted = _promised(held, blob)
+    if wanted is None:
         return "?"
-    hashes = Hashes(promised, held.sizes[blob])
+    hashes = Hashes(wanted, held.sizes[blob])
     try:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
@@ -103,7 +124,7 @@ def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
                 progress(len(chunk))
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return "" if hashes.right else f"expected {promised}, got {hashes.got}"
+    return "" if hashes.right else f"expected {wanted}, got {hashes.got}"
 
 
 def _promised(held: Held, blob: str) -> Checksum | None:
@@ -114,6 +135,11 @@ def _promised(held: Held, blob: str) -> Checksum | None:
             text = CacheLayout.sha256_of(held.repo, blob).read_text()
         except OSError:
             return None
+    return promised(text)
+
+
+def promised(text: str) -> Checksum | None:
+    """Read a checksum by the number of its digits; None when it is none."""
     try:
         return Checksum(_DIGITS[len(text)], text)  # type: ignore[arg-type]
     except (KeyError, ValueError):

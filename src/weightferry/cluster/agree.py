@@ -260,7 +260,8 @@ def _seen_by_all(domains: Sequence[Domain], said: Mapping[int, Introduction]) ->
         domain.leader: tuple(
             path
             for path, place in said[domain.leader].tiers.items()
-            if all(same(place, said[rank].tiers.get(path)) for rank in domain.ranks)
+            if place != said[domain.leader].cache
+            and all(same(place, said[rank].tiers.get(path)) for rank in domain.ranks)
         )
         for domain in domains
     }

@@ -86,11 +86,18 @@ class HubFolders:
                 return Pinned(source, commit, there)
             lost = ", ".join(name for name, file in wanted.items() if file is None)
             raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and the content is gone of {lost}", subject=str(source))
+        raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and {self._lacking(source, revision, paths, list(files))}")
+
+    def _lacking(self, source: Source, revision: str, paths: Sequence[str], there: list[str]) -> str:
         where = ", ".join(map(str, self._folders))
+        lost = next((path for path in paths if not any(_is_below(name, path) for name in there)), "")
+        if there:
+            return f"{lost!r} is not among what {where} have of {source} at {revision}{closest(lost, there)}"
+        repos = [_repo_in(folder, source) for folder in self._folders]
+        if refs := [ref.name for repo in repos for ref in (repo / "refs").glob("*")]:
+            return f"of {source} there is no revision {revision!r} in {where}, which have {', '.join(refs)}"
         known = [name for folder in self._folders for name in _names_in(folder)]
-        raise OriginUnreachable(
-            f"HF_HUB_OFFLINE is set, and this is not in {where}{closest(source.root, known)}", subject=str(source)
-        )
+        return f"{source} is not in {where}{closest(source.root, known)}"
 
     def read(
         self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None

@@ -170,6 +170,9 @@ def _pinned(said: dict[str, Any]) -> Pinned:
     source = Source(
         said["scheme"], said["root"], said["path"], said["revision"], repo_type=said["repo_type"], query=said["query"]
     )
+    for one in said["files"]:
+        if not isinstance(one["size"], int | None):
+            raise ValueError(f"the size of {one['path']} is {one['size']!r}")
     files = tuple(
         File(
             one["path"],

@@ -26,7 +26,9 @@ def summary(report: RunReport, path: Path) -> str:
     return (
         f"staged {files}, {size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
         f"{size(total['origin_bytes'])} from the origin, {size(total['peer_bytes'])} from peers, "
-        f"{size(total['cached_bytes'])} already there\n{path}"
+        f"{size(total['cached_bytes'])} already there"
+        + (f", {size(total['copied_bytes'])} from your Hugging Face cache" if total.get("copied_bytes") else "")
+        + f"\n{path}"
     )
 
 
