@@ -249,6 +249,16 @@ class TestRoom:
         first.release()
         assert unfinished(cache.layout) == []
 
+    def test_what_a_killed_job_took_for_small_files_is_taken_over(self, cache: Cache) -> None:
+        files = [File(f"{number}.bin", 300 * KB) for number in range(10)]
+        path = cache.layout.small_partial(Pinned(Source("hf", "org/new"), "1" * 40, ()))
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(3 * MB))
+        surveyor, lacking = wanting(cache.layout, *files)
+        make_room(surveyor, lacking, Settings(max_size=4 * MB), lambda: None)
+        surveyor.release()
+        assert unfinished(cache.layout) == []
+
     def test_what_never_fits_takes_nothing_away(self, three: Cache) -> None:
         use(three.layout.used_lock("models--org--a"), lambda: None)
         for size in (9 * KB, int(3.5 * KB)):

@@ -48,7 +48,7 @@ def make_room(
     files, layout = list(lacking), surveyor.layout
     if not files:
         return
-    mine = {layout.partial_of(pinned, file) for pinned, file in files}
+    mine = surveyor.partials()
     with one_at_a_time(layout.space_lock, check, settings.stall_timeout):
         sweep(layout, mine, settings.partial_ttl, surveyor.exclusion)
         if settings.max_size:

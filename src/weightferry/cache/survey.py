@@ -142,6 +142,13 @@ class Surveyor:
             nearby=frozenset(self.nearby),
         )
 
+    def partials(self) -> set[Path]:
+        """The partial data that this leader may go on with: no other job's."""
+        entries = [self.files[index] for index in self.runs]
+        mine = {self.layout.partial_of(*entry) for entry in entries if self._locks.held(self.layout.lock(*entry))}
+        small = {pinned for pinned, _ in entries if self._locks.held(self.layout.small_lock(pinned))}
+        return mine | {self.layout.small_partial(pinned) for pinned in small}
+
     def take_space(self) -> None:
         """Take the space of the big files that are missing: before anybody reads, and so that other jobs see it.
 
