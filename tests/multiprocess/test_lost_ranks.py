@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+from torch import distributed
 
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import HOST, Nodes, check_cache, sha256s
@@ -182,6 +183,7 @@ def test_rank_0_dies_before_another_one_calls(nodes: Nodes) -> None:
 
 
 def calls_after_rank_0_died() -> None:
+    distributed.barrier()  # both have connected
     if jobs.rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1)

@@ -259,6 +259,15 @@ class TestRoom:
         surveyor.release()
         assert unfinished(cache.layout) == []
 
+    def test_what_a_killed_job_took_for_nothing_goes_at_once(self, cache: Cache) -> None:
+        left, _ = wanting(cache.layout, File("left.bin", 3 * MB))
+        left.take_space()
+        self.make(cache, Settings())
+        assert len(unfinished(cache.layout)) == 1, "its job lives"
+        left._locks.release()  # as when it is killed
+        self.make(cache, Settings())
+        assert unfinished(cache.layout) == []
+
     def test_what_never_fits_takes_nothing_away(self, three: Cache) -> None:
         use(three.layout.used_lock("models--org--a"), lambda: None)
         for size in (9 * KB, int(3.5 * KB)):

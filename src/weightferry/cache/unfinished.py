@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightferry.cache.exclusion import Exclusion
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.partial import discard
+from weightferry.cache.partial import discard, is_untouched
 from weightferry.cache.pins import alone
 from weightferry.cache.rights import entries, folders
 
@@ -62,22 +62,31 @@ def drop_abandoned(
         left alone unless this is given.
     """
     for one in unfinished(layout):
-        if one.path in mine or time.time() - one.written < older:
-            continue
-        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            known = layout.locks_of_partial(one.path) if locks.by_flock else ()
-            if (known or older) and all(held.enter_context(alone(lock)) for lock in known if lock.exists()):
-                discard(one.path)
-                yield one.taken
+        if one.path not in mine and time.time() - one.written >= older and _is_dropped(layout, one, locks, bool(older)):
+            yield one.taken
+
+
+def _is_dropped(layout: CacheLayout, one: Unfinished, locks: Exclusion, is_old: bool) -> bool:
+    """Remove partial data unless somebody brings it; what no lock tells about, when it is old."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+        known = layout.locks_of_partial(one.path) if locks.by_flock else ()
+        if (known or is_old) and all(held.enter_context(alone(lock)) for lock in known if lock.exists()):
+            discard(one.path)
+            return True
+    return False
 
 
 def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float, locks: Exclusion) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds, and halves of notes and of partial data.
 
-    Some may belong to somebody else: that is left.
+    Space that a killed process took, and into which nothing came, goes at once. Some may belong to somebody else: that
+    is left.
     """
     for _ in drop_abandoned(layout, mine, locks, older=ttl):
         pass
+    for one in unfinished(layout):
+        if one.path not in mine and is_untouched(one.path):
+            _is_dropped(layout, one, locks, is_old=False)
     for half in _halves(layout):
         with contextlib.suppress(OSError):
             if time.time() - half.lstat().st_mtime > ttl:

@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from weightferry.cluster.control import Aborted, Control, Outcome, Verdict
 from weightferry.cluster.gathering import Beat, Bell, Gathering
-from weightferry.cluster.store import Clients, Recording, abandonable, put
+from weightferry.cluster.store import Clients, Recording, clone, put
 from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.report.moved import Progress
@@ -97,17 +97,17 @@ class Shared(Control):
     @contextlib.contextmanager
     def meeting(self, name: str) -> Iterator[dist.Store]:
         """See `Control.meeting`."""
-        client = self._served(lambda: self._clients.meeting, name)
-        recording = Recording(dist.PrefixStore(f"{self._prefix}/{name}", client))
+        recording = Recording(dist.PrefixStore(name, self._store))
         try:
             yield recording
-        except BaseException:
-            self._clients.lost = True  # somebody may still wait inside
-            raise
         finally:
-            with contextlib.suppress(Aborted, CollectError):
+            with contextlib.suppress(CollectError, dist.DistError):
+                if recording.busy:
+                    # Somebody waits on that client still: what there is to say goes over another one.
+                    self._clients.lost = True
+                    self._store = self._served(lambda: dist.PrefixStore(self._prefix, clone(self._clients.store)), name)
                 if not self._lost():
-                    abandonable(recording.remove_all, self.check)
+                    self._served(lambda: recording.remove_all(dist.PrefixStore(name, self._store)), name)
 
     def _lost(self) -> bool:
         """Whether no verdict will come."""

@@ -76,9 +76,9 @@ class Caller:
 
 
 class Clients:
-    """The clients that a process needs of one store, made once and kept.
+    """The two clients that a process needs of one store, made once and kept.
 
-    A client that waits blocks every other call on it, hence several, and none is the caller's own. They are kept from
+    A client that waits blocks every other call on it, hence two, and neither is the caller's own. They are kept from
     one operation to the next because torch looks up the peer's name for each connection: where reverse DNS does not
     answer, that costs 5 s each time (seen with torch 2.13).
 
@@ -107,11 +107,6 @@ class Clients:
         return clone(self.store)
 
     @cached_property
-    def meeting(self) -> dist.Store:
-        """For neighbours of the ring, who meet inside gloo, where a wait cannot be ended."""
-        return clone(self.store)
-
-    @cached_property
     def caller(self) -> Caller:
         """Makes the calls on `waiting`."""
         return Caller()
@@ -124,12 +119,30 @@ class Recording(dist.Store):
     ----------
     store
         Where they go.
+
+    Attributes
+    ----------
+    busy : bool
+        Whether somebody may be inside a call on `store` that nothing ends.
     """
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__()
         self._store = store
         self._keys: set[str] = set()
+        self.busy = False
+
+    def lend(self, work: Callable[[], T], check: Callable[[], None]) -> T:
+        """Let `work` wait on this store inside a call that cannot be ended; see `abandonable`."""
+
+        def inside() -> T:
+            try:
+                return work()
+            finally:
+                self.busy = False
+
+        self.busy = True
+        return abandonable(inside, check)
 
     def set(self, key: str, value: Any) -> None:
         """Set a key."""
@@ -157,8 +170,8 @@ class Recording(dist.Store):
         """Read keys."""
         return self._store.multi_get(keys)
 
-    def remove_all(self) -> None:
-        """Remove what was set."""
+    def remove_all(self, store: dist.Store) -> None:
+        """Remove what was set, by a client that is free."""
         with contextlib.suppress(dist.DistError):
             for key in list(self._keys):
-                self._store.delete_key(key)
+                store.delete_key(key)

@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from weightferry.cluster.control import Control
 from weightferry.cluster.interfaces import interface_towards
-from weightferry.cluster.store import abandonable
+from weightferry.cluster.store import Recording
 from weightferry.errors import CollectError
 from weightferry.origins.retry import Watch
 from weightferry.settings import Settings
@@ -113,7 +113,7 @@ def _named(neighbour: Neighbour) -> Iterator[None]:
         raise BrokenEdge(f"the connection to {neighbour} broke: {error}") from error
 
 
-def connect(store: dist.Store, side: int, neighbour: Neighbour, settings: Settings, watch: Watch) -> Edge:
+def connect(store: Recording, side: int, neighbour: Neighbour, settings: Settings, watch: Watch) -> Edge:
     """Meet a neighbour; side 0 sends, side 1 receives.
 
     Nobody waits inside gloo for a neighbour that may never come: both say that they are there first.
@@ -135,7 +135,7 @@ def connect(store: dist.Store, side: int, neighbour: Neighbour, settings: Settin
             options = gloo._Options()  # noqa: SLF001 -- the only way to name a device
             options._timeout, options._devices = limit, [gloo.create_device(interface=interface)]  # noqa: SLF001
         # The neighbour may die inside, and what becomes of the operation must be heard all the same.
-        return Edge(abandonable(lambda: gloo(met, side, 2, options), watch.check), settings, neighbour)
+        return Edge(store.lend(lambda: gloo(met, side, 2, options), watch.check), settings, neighbour)
 
 
 class Sender:
