@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # Those of tests/cluster run on a real Slurm cluster of this machine's own (slurm/testbed), which needs root on Debian;
 # otherwise they are skipped, and say so.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
 test-oldest: $(OLDEST)/.done

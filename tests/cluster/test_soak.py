@@ -25,7 +25,7 @@ from slurm.testbed import Testbed
 from tests.cluster.origin import Served
 
 HERE = Path(__file__).parent
-SECONDS = float(os.environ.get("WEIGHTFERRY_TEST_SOAK_SECONDS", "25"))
+SECONDS = float(os.environ.get("WEIGHTFERRY_TEST_SOAK_SECONDS", "12"))
 SEED = int(os.environ.get("WEIGHTFERRY_TEST_SEED", "20"))
 MODELS, AT_A_TIME, MODELS_A_JOB = 20, 3, 2
 PATIENCE = 120.0  # seconds that a job may take

@@ -166,7 +166,7 @@ class TestLinks:
     def test_nothing_is_swept_or_evicted_through_one(self, layout: CacheLayout, home: Path) -> None:
         for name in ("partial/x", "verified/x", "hub/models--o--bait/snapshots", "hub/models--o--bait/blobs", "hub/x"):
             (layout.root / name).symlink_to(home)
-        sweep(layout, (), 0, Exclusion())
+        sweep(layout, (), 0, Exclusion(), ["x"])
         evict(layout, -1)
         assert sorted(path.name for path in home.iterdir()) == [".notes", "folder", "thesis"]
 

@@ -50,7 +50,8 @@ def make_room(
         return
     mine = surveyor.partials()
     with one_at_a_time(layout.space_lock, check, settings.stall_timeout):
-        sweep(layout, mine, settings.partial_ttl, surveyor.exclusion)
+        sources = {layout.repo(pinned).name for pinned, _ in files}
+        sweep(layout, mine, settings.partial_ttl, surveyor.exclusion, sources)
         if settings.max_size:
             _keep_below(surveyor, files, mine, settings)
         check_space(layout, files, settings.min_free)

@@ -46,9 +46,7 @@ def unfinished(layout: CacheLayout) -> list[Unfinished]:
     return sorted(found, key=lambda one: one.written)
 
 
-def drop_abandoned(
-    layout: CacheLayout, mine: Collection[Path], locks: Exclusion, *, older: float = 0.0
-) -> Iterator[int]:
+def drop_abandoned(layout: CacheLayout, mine: Collection[Path], locks: Exclusion) -> Iterator[int]:
     """Remove, one after the other, partial data that nobody brings; yield its bytes.
 
     Parameters
@@ -56,13 +54,11 @@ def drop_abandoned(
     mine
         Partial data with which this process goes on.
     locks
-        Where they exclude, they tell what somebody brings.
-    older
-        Only what nobody has written to for so many seconds. Of data that no lock is on nobody knows whose it is: it is
-        left alone unless this is given.
+        Where they exclude, they tell what somebody brings. Of data that no lock is on nobody knows whose it is: it is
+        left alone.
     """
     for one in unfinished(layout):
-        if one.path not in mine and time.time() - one.written >= older and _is_dropped(layout, one, locks, bool(older)):
+        if one.path not in mine and _is_dropped(layout, one, locks, is_old=False):
             yield one.taken
 
 
@@ -76,26 +72,32 @@ def _is_dropped(layout: CacheLayout, one: Unfinished, locks: Exclusion, is_old: 
     return False
 
 
-def sweep(layout: CacheLayout, mine: Collection[Path], ttl: float, locks: Exclusion) -> None:
+def sweep(
+    layout: CacheLayout, mine: Collection[Path], ttl: float, locks: Exclusion, sources: Collection[str] = ()
+) -> None:
     """Remove partial data that nobody has written to for `ttl` seconds, and halves of notes and of partial data.
 
     Space that a killed process took, and into which nothing came, goes at once. Some may belong to somebody else: that
     is left.
+
+    Parameters
+    ----------
+    sources
+        Folders of the sources whose halves are looked for: in all of a large cache that would take long.
     """
-    for _ in drop_abandoned(layout, mine, locks, older=ttl):
-        pass
     for one in unfinished(layout):
-        if one.path not in mine and is_untouched(one.path):
-            _is_dropped(layout, one, locks, is_old=False)
-    for half in _halves(layout):
+        is_old = time.time() - one.written >= ttl
+        if one.path not in mine and (is_old or is_untouched(one.path)):
+            _is_dropped(layout, one, locks, is_old)
+    for half in _halves(layout, sources):
         with contextlib.suppress(OSError):
             if time.time() - half.lstat().st_mtime > ttl:
                 half.unlink()
 
 
-def _halves(layout: CacheLayout) -> Iterator[Path]:
-    for folder in folders(layout.partial):
-        journals = (Path(entry.path) for entry in entries(folder) if entry.name.endswith(".journal"))
+def _halves(layout: CacheLayout, sources: Collection[str]) -> Iterator[Path]:
+    for source in sources:
+        journals = (Path(entry.path) for entry in entries(layout.partial / source) if entry.name.endswith(".journal"))
         yield from (path for path in journals if not path.with_suffix("").exists())
-    for folder in folders(layout.verified):
-        yield from (Path(entry.path) for entry in entries(folder) if entry.name.startswith("."))
+        notes = entries(layout.verified / source)
+        yield from (Path(entry.path) for entry in notes if entry.name.startswith("."))
