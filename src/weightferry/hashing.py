@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+Algorithm = Literal["sha256", "git-sha1"]
+
+_DIGITS: dict[Algorithm, int] = {"sha256": 64, "git-sha1": 40}
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,21 @@ class Checksum:
         In lower case.
     """
 
-    algorithm: Literal["sha256", "git-sha1"]
+    algorithm: Algorithm
     hexdigest: str
+
+    @classmethod
+    def read(cls, text: str) -> Checksum | None:
+        """Tell the algorithm by the number of digits; None where the text is no checksum."""
+        for algorithm, digits in _DIGITS.items():
+            if len(text) == digits:
+                with contextlib.suppress(ValueError):
+                    return cls(algorithm, text)
+        return None
 
     def __post_init__(self) -> None:
         # It names a file of the cache.
-        length = {"sha256": 64, "git-sha1": 40}[self.algorithm]
-        if not re.fullmatch(f"[0-9a-f]{{{length}}}", self.hexdigest):
+        if not re.fullmatch(f"[0-9a-f]{{{_DIGITS[self.algorithm]}}}", self.hexdigest):
             raise ValueError(f"not a {self.algorithm}: {self.hexdigest!r}")
 
     def __str__(self) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.verify import Damage, Verified, doubt, promised
+from weightferry.cache.verify import Damage, Verified, doubt
 from weightferry.cluster.agree import Wish
 from weightferry.cluster.control import Control
+from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.origins.locked import Lockfile
 from weightferry.settings import Settings
@@ -62,15 +64,18 @@ def _together(said: Mapping[int, Sizes]) -> Sizes:
     return {key: size for one in said.values() for key, size in one.items()}
 
 
+def _root(damage: Damage) -> str:
+    return f"hf://{damage.repo_id}@{damage.commits[-1]}"
+
+
 def _ask(damage: Damage) -> dict[str, Ask]:
-    source = f"hf://{damage.repo_id}@{damage.commits[-1]}"
-    return {path: Ask.of(source, path) for path in damage.paths}
+    return {path: Ask.of(_root(damage), path) for path in damage.paths}
 
 
 def _right_here(layout: CacheLayout, damaged: list[Damage], wrong: set[str]) -> Sizes:
     sizes = {}
     for one in damaged:
-        blob = layout.hub / one.blob.parents[1].name / "blobs" / one.blob.name
+        blob = layout.blobs(layout.hub / one.blob.parents[1].name) / one.blob.name
         with contextlib.suppress(OSError):
             if blob.name not in wrong:
                 sizes[one.repo_id, blob.name] = blob.stat().st_size
@@ -86,24 +91,16 @@ def _pinned(control: Control, damaged: list[Damage], sizes: Sizes) -> Iterator[P
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "repair.lock"
         if control.rank == 0:
-            sources = tuple(_as_pinned(one, sizes[one.repo_id, one.blob.name]) for one in damaged)
-            path.write_text(Lockfile.text(Manifest(_joined(sources))))
+            path.write_text(Lockfile.text(_manifest(damaged, sizes)))
         yield path
 
 
-def _as_pinned(damage: Damage, size: int) -> Pinned:
-    source = understand(next(iter(_ask(damage).values())), lambda _: False)
-    checksum = promised(damage.blob.name)
-    root = Ask.of(f"hf://{damage.repo_id}@{damage.commits[-1]}")
-    files = tuple(File(path, size, checksum) for path in damage.paths)
-    return Pinned(understand(root, lambda _: False), source.revision or damage.commits[-1], files)
-
-
-def _joined(sources: tuple[Pinned, ...]) -> tuple[Pinned, ...]:
-    """One entry for each source, with all its files."""
-    joined: dict[tuple[object, str], Pinned] = {}
-    for pinned in sources:
-        key = (pinned.source, pinned.commit)
-        files = joined[key].files + pinned.files if key in joined else pinned.files
-        joined[key] = Pinned(pinned.source, pinned.commit, files)
-    return tuple(joined.values())
+def _manifest(damaged: list[Damage], sizes: Sizes) -> Manifest:
+    """Pin what is to be brought: one entry for each source, with all its files."""
+    sources: dict[str, Pinned] = {}
+    for one in damaged:
+        root, size = _root(one), sizes[one.repo_id, one.blob.name]
+        pinned = sources.get(root) or Pinned(understand(Ask.of(root), lambda _: False), one.commits[-1], ())
+        files = tuple(File(path, size, Checksum.read(one.blob.name)) for path in one.paths)
+        sources[root] = replace(pinned, files=pinned.files + files)
+    return Manifest(tuple(sources.values()))

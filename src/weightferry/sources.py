@@ -130,6 +130,11 @@ class Source:
         kept = [pair for pair in parse_qsl(self.query, keep_blank_values=True) if not _is_secret(pair[0])]
         return _without_user(text) + (f"?{urlencode(kept)}" if kept else "")
 
+    @property
+    def repo_folder(self) -> str:
+        """The name of a repository's folder in a Hugging Face cache: huggingface_hub's `repo_folder_name`."""
+        return "--".join([f"{self.repo_type}s", *self.root.split("/")])
+
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
         root, mark, query = self.identity.partition("?")

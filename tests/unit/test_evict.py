@@ -210,15 +210,20 @@ class TestRoom:
             self.make(three, Settings(max_size=4 * KB))
         assert total(three.layout) == 3 * KB
 
-    def test_what_another_job_brings_counts(self, cache: Cache) -> None:
-        """Each finds room by itself, and both together would not."""
-        first, lacking = wanting(cache.layout, File("a.bin", 3 * MB))
+    def refused_beside(self, cache: Cache, *files: File) -> tuple[Surveyor, list[tuple[Pinned, File]]]:
+        """While one job brings 3 MB, another one has no room for as much; return that one."""
+        first, lacking = wanting(cache.layout, *files)
         make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
         second, other = wanting(cache.layout, File("b.bin", 3 * MB))
         with pytest.raises(NoSpace, match="on its way"):
             make_room(second, other, Settings(max_size=5 * MB), lambda: None)
         second.release()
         first.release()
+        return second, other
+
+    def test_what_another_job_brings_counts(self, cache: Cache) -> None:
+        """Each finds room by itself, and both together would not."""
+        second, other = self.refused_beside(cache, File("a.bin", 3 * MB))
         assert unfinished(cache.layout) == [], "no byte came: the space is given back"
         make_room(second, other, Settings(max_size=5 * MB), lambda: None)
         second.release()
@@ -240,13 +245,7 @@ class TestRoom:
         assert not path.exists()
 
     def test_small_files_of_another_job_count(self, cache: Cache) -> None:
-        first, lacking = wanting(cache.layout, *(File(f"{number}.bin", 300 * KB) for number in range(10)))
-        make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
-        second, other = wanting(cache.layout, File("b.bin", 3 * MB))
-        with pytest.raises(NoSpace, match="on its way"):
-            make_room(second, other, Settings(max_size=5 * MB), lambda: None)
-        second.release()
-        first.release()
+        self.refused_beside(cache, *(File(f"{number}.bin", 300 * KB) for number in range(10)))
         assert unfinished(cache.layout) == []
 
     def test_what_a_killed_job_took_for_small_files_is_taken_over(self, cache: Cache) -> None:

@@ -14,8 +14,8 @@ from weightferry.cache.rights import open_file
 from weightferry.cluster.domains import is_local, mount_of
 from weightferry.cluster.flock import try_flock
 
-# Options with which `flock` keeps out processes of the same machine alone: mount.lustre(8), nfs(5).
 _ON_TWO = "flock succeeds on two machines at once"
+# Options with which `flock` keeps out processes of the same machine alone: mount.lustre(8), nfs(5).
 _ON_ONE_MACHINE = frozenset({"localflock", "nolock", "local_lock=flock", "local_lock=all"})
 
 

@@ -56,8 +56,7 @@ class CacheLayout:
     def _folder_name(self, pinned: Pinned) -> str:
         source = pinned.source
         if source.scheme == "hf":
-            # huggingface_hub's `repo_folder_name`
-            return "--".join([f"{source.repo_type}s", *source.root.split("/")])
+            return source.repo_folder
         # Readable first, unique by the digest.
         readable = re.sub(r"[^A-Za-z0-9._-]+", "--", source.identity.partition("?")[0])[:80]
         return f"{readable}--{hashlib.sha256(source.identity.encode()).hexdigest()[:16]}"

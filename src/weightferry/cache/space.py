@@ -64,7 +64,7 @@ def _keep_below(
     """Evict until what a cache has, what others bring into it, and `files` are within the settings together."""
     layout, locks = surveyor.layout, surveyor.exclusion
     needed = sum(file.size or 0 for _, file in files)
-    coming = sum(one.taken for one in unfinished(layout) if one.path not in mine)
+    coming = _coming(layout, mine)
     there = os.statvfs(_existing(layout.root))
     takes = sum(_takes(layout, pinned, file) for pinned, file in files)
     short = settings.min_free + takes - there.f_bavail * there.f_frsize
@@ -83,8 +83,13 @@ def _keep_below(
             above -= gone
             if above <= 0:
                 break
-    left = total(layout) + sum(one.taken for one in unfinished(layout) if one.path not in mine)
+    left = total(layout) + _coming(layout, mine)
     _check_size(layout, files, left, settings, locks)
+
+
+def _coming(layout: CacheLayout, mine: Collection[Path]) -> int:
+    """Bytes that others have on their way into a cache."""
+    return sum(one.taken for one in unfinished(layout) if one.path not in mine)
 
 
 def _check_size(

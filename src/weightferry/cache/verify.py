@@ -13,8 +13,6 @@ from weightferry.cache.inventory import Held, inventory
 from weightferry.cache.layout import CacheLayout
 from weightferry.hashing import Checksum, Hashes
 
-_DIGITS = {64: "sha256", 40: "git-sha1"}
-
 
 @dataclass(frozen=True)
 class Damage:
@@ -68,8 +66,10 @@ def verify(
     expect
         Called once, with the bytes that are to be read.
     """
-    wanted = [(held, blob) for held in inventory(layout) if only in ("", held.name) for blob in sorted(held.sizes)]
-    expect(sum(held.sizes[blob] for held, blob in wanted))
+    sources = [held for held in inventory(layout) if only in ("", held.name)]
+    wanted = [(held, blob) for held in sources for blob in sorted(held.sizes)]
+    size = sum(held.sizes[blob] for held, blob in wanted)
+    expect(size)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         wrong = list(pool.map(lambda one: _wrong(one[0], one[1], progress), wanted))
     damaged = tuple(
@@ -78,12 +78,8 @@ def verify(
         if why not in ("", "?")
     )
     gone = tuple(
-        _damage(layout, held, blob, "is not there")
-        for held in inventory(layout)
-        if only in ("", held.name)
-        for blob in sorted(_gone(layout, held))
+        _damage(layout, held, blob, "is not there") for held in sources for blob in sorted(_gone(layout, held))
     )
-    size = sum(held.sizes[blob] for held, blob in wanted)
     return Verified(len(wanted) + len(gone), size, sum(why == "?" for why in wrong), damaged + gone)
 
 
@@ -135,15 +131,7 @@ def _promised(held: Held, blob: str) -> Checksum | None:
             text = CacheLayout.sha256_of(held.repo, blob).read_text()
         except OSError:
             return None
-    return promised(text)
-
-
-def promised(text: str) -> Checksum | None:
-    """Read a checksum by the number of its digits; None when it is none."""
-    try:
-        return Checksum(_DIGITS[len(text)], text)  # type: ignore[arg-type]
-    except (KeyError, ValueError):
-        return None
+    return Checksum.read(text)
 
 
 def _damage(layout: CacheLayout, held: Held, blob: str, why: str) -> Damage:

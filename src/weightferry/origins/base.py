@@ -139,6 +139,11 @@ def origin_for(scheme: str, settings: Settings) -> Origin:
     return made
 
 
+def is_below(name: str, path: str) -> bool:
+    """Whether a file is what `path` names, or lies below it; an empty path names the root."""
+    return path in ("", name) or name.startswith(f"{path}/")
+
+
 def closest(wanted: str, there: Sequence[str]) -> str:
     """Make the hint for a misspelt name: the closest ones that exist."""
     from difflib import get_close_matches

@@ -14,7 +14,7 @@ from weightferry._version import __version__
 from weightferry.errors import OriginError, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned
-from weightferry.origins.base import Unreachable, closest, reject_climbing
+from weightferry.origins.base import Unreachable, closest, is_below, reject_climbing
 from weightferry.origins.hub_content import HubContent, content_url, headers
 from weightferry.origins.hub_errors import denied, hub_errors
 from weightferry.origins.hub_folders import is_offline
@@ -89,7 +89,7 @@ class HubOrigin:
 
 
 def _below(path: str, there: Sequence[str], subject: str) -> list[str]:
-    found = [name for name in there if not path or name == path or name.startswith(f"{path}/")]
+    found = [name for name in there if is_below(name, path)]
     if path and not found:
         raise SourceNotFound(f"no file or folder {path!r} there{closest(path, there)}", subject=f"{subject}/{path}")
     return found

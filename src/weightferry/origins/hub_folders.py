@@ -14,13 +14,12 @@ from pathlib import Path
 from weightferry.errors import OriginUnreachable, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned
-from weightferry.origins.base import Origin, Unreachable, closest, origin_for
+from weightferry.origins.base import Origin, Unreachable, closest, is_below, origin_for
 from weightferry.origins.filesystem import read_file
 from weightferry.settings import Settings
 from weightferry.sources import Source, safe_path
 
 _DEFAULT_REVISION = "main"  # huggingface_hub's own
-_DIGITS = {64: "sha256", 40: "git-sha1"}
 
 
 def is_offline() -> bool:
@@ -39,12 +38,7 @@ def users_folder() -> Path:
 
 def blob_in(hub: Path, source: Source, key: str) -> Path:
     """Where a Hugging Face cache has content of a repository."""
-    return _repo_in(hub, source) / "blobs" / key
-
-
-def _repo_in(hub: Path, source: Source) -> Path:
-    # huggingface_hub's `repo_folder_name`
-    return hub / "--".join([f"{source.repo_type}s", *source.root.split("/")])
+    return hub / source.repo_folder / "blobs" / key
 
 
 class HubFolders:
@@ -72,15 +66,15 @@ class HubFolders:
 
     def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
         """See `Origin.resolve`: a commit is what all snapshots of it show together, all that was ever wanted."""
-        repos = [_repo_in(folder, source) for folder in self._folders]
+        repos = [folder / source.repo_folder for folder in self._folders]
         revision = safe_path(source.revision or _DEFAULT_REVISION)
         commit = next((commit for repo in repos if (commit := _commit(repo, revision))), "")
         files: dict[str, File | None] = {}
         for repo in repos if commit else ():
             for name, file in _shown(repo / "snapshots" / commit).items():
                 files[name] = files.get(name) or file
-        wanted = {name: file for name, file in files.items() if any(_is_below(name, path) for path in paths)}
-        if all(any(_is_below(name, path) for name in wanted) for path in paths):
+        wanted = {name: file for name, file in files.items() if any(is_below(name, path) for path in paths)}
+        if all(any(is_below(name, path) for name in wanted) for path in paths):
             there = tuple(file for _, file in sorted(wanted.items()) if file)
             if len(there) == len(wanted):
                 return Pinned(source, commit, there)
@@ -90,10 +84,10 @@ class HubFolders:
 
     def _lacking(self, source: Source, revision: str, paths: Sequence[str], there: list[str]) -> str:
         where = ", ".join(map(str, self._folders))
-        lost = next((path for path in paths if not any(_is_below(name, path) for name in there)), "")
+        lost = next((path for path in paths if not any(is_below(name, path) for name in there)), "")
         if there:
             return f"{lost!r} is not among what {where} have of {source} at {revision}{closest(lost, there)}"
-        repos = [_repo_in(folder, source) for folder in self._folders]
+        repos = [folder / source.repo_folder for folder in self._folders]
         if refs := [ref.name for repo in repos for ref in (repo / "refs").glob("*")]:
             return f"of {source} there is no revision {revision!r} in {where}, which have {', '.join(refs)}"
         known = [name for folder in self._folders for name in _names_in(folder)]
@@ -119,10 +113,6 @@ class HubFolders:
         """See `Origin.close`."""
 
 
-def _is_below(name: str, path: str) -> bool:
-    return path in ("", name) or name.startswith(f"{path}/")
-
-
 def _commit(repo: Path, revision: str) -> str:
     """The commit of a branch, a tag or a commit; empty when it is not there."""
     with contextlib.suppress(OSError, ValueError):
@@ -137,14 +127,14 @@ def _shown(snapshot: Path) -> dict[str, File | None]:
     for above, _, names in os.walk(snapshot):
         for name in names:
             path = Path(above, name)
-            key = path.resolve().name
             inside = path.relative_to(snapshot).as_posix()
-            with contextlib.suppress(KeyError, ValueError):
-                checksum = Checksum(_DIGITS[len(key)], key)  # type: ignore[arg-type]
+            if checksum := Checksum.read(path.resolve().name):
                 try:
                     files[inside] = File(inside, path.stat().st_size, checksum)
                 except OSError:
                     files[inside] = None
+                except ValueError:
+                    pass  # a name that no source may have
     return files
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from weightferry.errors import BadRequest, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
-from weightferry.origins.base import Origin, closest, origin_for
+from weightferry.origins.base import Origin, closest, is_below, origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -96,13 +96,9 @@ class _LockedOrigin:
         """See `Origin.resolve`."""
         pinned = self._find(source)
         single = pinned.source.path
-        files = tuple(
-            file
-            for file in pinned.files
-            if any(path in ("", file.path) or file.path.startswith(f"{path}/") for path in paths)
-        )
+        files = tuple(file for file in pinned.files if any(is_below(file.path, path) for path in paths))
         for path in () if single else paths:
-            if not any(path in ("", file.path) or file.path.startswith(f"{path}/") for file in files):
+            if not any(is_below(file.path, path) for file in files):
                 hint = closest(path, [file.path for file in pinned.files])
                 raise SourceNotFound(f"{path} is not in the lock file {self._lock.path}{hint}", subject=str(source))
         return replace(pinned, files=files)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from weightferry.errors import BadRequest, at
 from weightferry.manifest import File, Manifest, Pinned
-from weightferry.origins.base import Origin, origin_for
+from weightferry.origins.base import Origin, is_below, origin_for
 from weightferry.origins.index import shards_of
 from weightferry.origins.retry import Watch, retrying
 from weightferry.settings import Settings
@@ -112,7 +112,7 @@ def _understand(ask: Ask) -> Source:
 
 
 def _wanted(ask: Ask, path: str, pinned: Pinned) -> tuple[str, ...]:
-    below = [f.path for f in pinned.files if not path or f.path == path or f.path.startswith(f"{path}/")]
+    below = [f.path for f in pinned.files if is_below(f.path, path)]
     kept = list(
         filter_repo_objects(below, allow_patterns=list(ask.allow) or None, ignore_patterns=list(ask.ignore) or None)
     )

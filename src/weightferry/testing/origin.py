@@ -20,7 +20,7 @@ from typing import Literal
 from weightferry.errors import BadRequest, SourceChanged, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, closest, reject_climbing
+from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, closest, is_below, reject_climbing
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -149,7 +149,7 @@ class FakeOrigin:
             source, paths = replace(source, root=above, path=name), [name]
         wanted: dict[str, File] = {}
         for path in paths:
-            names = [name for name in self.files if not path or name == path or name.startswith(f"{path}/")]
+            names = [name for name in self.files if is_below(name, path)]
             if not names:
                 hint = closest(path, list(self.files))
                 raise SourceNotFound(f"no file or folder {path!r} there{hint}", subject=f"{source}/{path}")
