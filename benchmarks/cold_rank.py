@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 import weightferry
 import weightferry.origins.hub
-import weightferry.transfer.ring
+import weightferry.transfer.relay.ring
 
 State = Mapping[str, torch.Tensor]
 

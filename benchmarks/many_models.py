@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks, Patience
+from weightferry.cache.locks import FileLocks, LockTimeouts
 from weightferry.cache.publish import publish, show
 from weightferry.cache.space import make_room
-from weightferry.cache.survey import Surveyor
+from weightferry.cache.survey import CacheSurveyor
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.settings import Settings
@@ -57,7 +57,7 @@ def fill(layout: CacheLayout, models: int) -> Pinned:
 
 def survey(layout: CacheLayout, pinned: Pinned, settings: Settings) -> None:
     """What a leader does between resolve and transfer."""
-    surveyor = Surveyor(layout, Manifest((pinned,)), Locks(Patience(5), lambda: None))
+    surveyor = CacheSurveyor(layout, Manifest((pinned,)), FileLocks(LockTimeouts(5), lambda: None))
     seen = surveyor.survey()
     lacking = [entry for index, entry in enumerate(surveyor.files) if index not in seen.whole]
     make_room(surveyor, lacking, settings, lambda: None)

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import distributed as dist
 
-from weightferry.cluster.shared import Shared
-from weightferry.cluster.store import Caller
+from weightferry.cluster.distributed import DistributedCoordinator
+from weightferry.cluster.store import StoreCaller
 from weightferry.cluster.topology import Topology
 from weightferry.settings import Settings
 
@@ -68,12 +68,12 @@ class Counting(dist.Store):
     deleteKey = delete_key  # noqa: N815 -- the name by which torch 2.13 calls it
 
 
-class Clients:
-    """As `weightferry.cluster.store.Clients`, counting."""
+class StoreClients:
+    """As `weightferry.cluster.store.StoreClients`, counting."""
 
     def __init__(self, port: int) -> None:
         self.waiting, self.side = (Counting(dist.TCPStore("127.0.0.1", port, is_master=False)) for _ in range(2))
-        self.caller, self.lost = Caller(), False
+        self.caller, self.lost = StoreCaller(), False
 
     @property
     def requests(self) -> int:
@@ -83,14 +83,14 @@ class Clients:
 
 def rank_main(rank: int, size: int, port: int, ready: Any, told: list[tuple[int, int, float]]) -> None:
     """Run two rounds on one rank."""
-    clients = Clients(port)
+    clients = StoreClients(port)
     ready.wait()
     began = time.monotonic()
-    control = Shared(clients, "scale", rank, range(size), Topology(rank, size), Settings())  # type: ignore[arg-type]
-    control.round("agree", lambda: ("w", rank // 8), lambda values: len(values))
-    control.once("resolve", lambda: "manifest")
+    coordinator = DistributedCoordinator(clients, "scale", rank, range(size), Topology(rank, size), Settings())  # type: ignore[arg-type]
+    coordinator.round("agree", lambda: ("w", rank // 8), lambda values: len(values))
+    coordinator.once("resolve", lambda: "manifest")
     seconds = time.monotonic() - began
-    control.close()
+    coordinator.close()
     told.append((rank, clients.requests, seconds))
 
 

@@ -35,11 +35,11 @@ from slurm import _qualify
 from slurm._qualify.measure import measure
 from slurm._qualify.text import concluded, counted, shown
 from slurm._qualify.values import Findings, Question, report
-from slurm._qualify.verdict import failed, judge
+from slurm._qualify.verdict import conclude, failed
 from weightferry import launch
 from weightferry.errors import BadRequest
 from weightferry.settings import Settings
-from weightferry.sources import Ask, understand
+from weightferry.sources import SourceRequest, parse_source
 
 _LOOK_EVERY = 0.5  # seconds
 _ASK_SLURM_EVERY = 5.0
@@ -123,7 +123,7 @@ def _check_origin(origin: str | None) -> None:
     if origin is None:
         return
     try:
-        source = understand(Ask.of(origin), lambda text: Path(text).is_dir())
+        source = parse_source(SourceRequest.of(origin), lambda text: Path(text).is_dir())
     except BadRequest as error:
         raise click.UsageError(f"--origin: {error}") from error
     if source.scheme == "file":
@@ -153,7 +153,7 @@ def _conclude(question: Question, plan: Plan, to: Path | None) -> int:
     findings: Findings | None = None
     try:
         findings = _findings(question, plan)
-        verdict = judge(findings)
+        verdict = conclude(findings)
         click.echo(shown(findings) + "\n")
     except NoFindings as error:
         verdict = failed(str(error))

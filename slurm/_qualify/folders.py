@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slurm._qualify.disk import LOCAL_TYPES, filesystem_of, name_of, told
 from slurm._qualify.values import Folder, Question, Work
-from weightferry.cluster.control import Control
+from weightferry.cluster.coordinator import Coordinator
 
 # An NFS client may show an old listing for 30 s (acdirmin in nfs(5)). On a disk of the node itself a file of another
 # node is seen at once or never.
@@ -46,12 +46,12 @@ def remove(question: Question) -> None:
         shutil.rmtree(Work(Path(folder), question.run).root, ignore_errors=True)
 
 
-def compare_folders(control: Control, question: Question, hosts: Mapping[int, str]) -> list[Folder]:
+def compare_folders(coordinator: Coordinator, question: Question, hosts: Mapping[int, str]) -> list[Folder]:
     """Write a file in every folder from every node, and look who sees whose."""
-    written: _Written = control.round("folders", lambda: _write(question, control.rank), dict)
-    seen: _Seen = control.round("folders", lambda: _watch(question, control, written), dict)
+    written: _Written = coordinator.round("folders", lambda: _write(question, coordinator.rank), dict)
+    seen: _Seen = coordinator.round("folders", lambda: _watch(question, coordinator, written), dict)
     groups = {folder: seen_together({rank: seen[rank].get(folder, {}) for rank in seen}) for folder in question.folders}
-    locks = compare_locks(control, question, groups)
+    locks = compare_locks(coordinator, question, groups)
     return [
         {
             "folder": folder,
@@ -59,7 +59,7 @@ def compare_folders(control: Control, question: Question, hosts: Mapping[int, st
             "filesystems": {hosts[rank]: report[folder][0] for rank, report in written.items()},
             "problems": {hosts[rank]: report[folder][1] for rank, report in written.items() if report[folder][1]},
             "groups": groups[folder],
-            "shared": control.world_size > 1 and groups[folder] == [list(range(control.world_size))],
+            "shared": coordinator.world_size > 1 and groups[folder] == [list(range(coordinator.world_size))],
             "visible_s": _longest({rank: sights.get(folder, {}) for rank, sights in seen.items()}),
             "locks": locks[folder],
         }
@@ -85,11 +85,11 @@ def _leave_nonce(work: Work, rank: int) -> str:
     return ""
 
 
-def _watch(question: Question, control: Control, written: _Written) -> dict[str, dict[int, float]]:
+def _watch(question: Question, coordinator: Coordinator, written: _Written) -> dict[str, dict[int, float]]:
     """List the folders until every rank's nonce was seen, or patience ends; by folder and rank, the seconds."""
     began = time.monotonic()
     sights: dict[str, dict[int, float]] = {
-        folder: {} for folder, (_, problem) in written[control.rank].items() if not problem
+        folder: {} for folder, (_, problem) in written[coordinator.rank].items() if not problem
     }
     expected = {folder: {rank for rank in written if not written[rank][folder][1]} for folder in sights}
     while True:
@@ -100,7 +100,7 @@ def _watch(question: Question, control: Control, written: _Written) -> dict[str,
         waiting = {folder for folder in sights if expected[folder] - set(sights[folder])}
         if now > max((_patience(written, folder) for folder in waiting), default=0.0):
             return sights
-        control.check()
+        coordinator.check()
         time.sleep(_LOOK_EVERY)
 
 
@@ -137,12 +137,14 @@ def _longest(sights: Mapping[int, Mapping[int, float]]) -> float | None:
     )
 
 
-def compare_locks(control: Control, question: Question, groups: Mapping[str, list[list[int]]]) -> dict[str, str | None]:
+def compare_locks(
+    coordinator: Coordinator, question: Question, groups: Mapping[str, list[list[int]]]
+) -> dict[str, str | None]:
     """Let one rank of each group hold a lock while the others try for it; by folder, the worst that was seen."""
     with contextlib.ExitStack() as held:
-        control.round("locks", lambda: _hold(control.rank, question, groups, held), lambda _: None)
-        tried: Mapping[int, Mapping[str, str]] = control.round(
-            "locks", lambda: _try(control.rank, question, groups), dict
+        coordinator.round("locks", lambda: _hold(coordinator.rank, question, groups, held), lambda _: None)
+        tried: Mapping[int, Mapping[str, str]] = coordinator.round(
+            "locks", lambda: _try(coordinator.rank, question, groups), dict
         )
     return {folder: _worst([report[folder] for report in tried.values() if folder in report]) for folder in groups}
 

@@ -26,21 +26,21 @@ def measure(question: Question) -> Findings:
         The same on every rank, when a rank died or something went wrong that is no property of a folder.
     """
     settings = Settings.from_environ(cache_dir=Work(Path(question.cache_dir), question.run).cache)
-    with removed_at_the_end(question), operation(settings, "qualify") as control:
-        nodes: Mapping[int, Node] = control.round("look", lambda: _look(question, control.rank), dict)
+    with removed_at_the_end(question), operation(settings, "qualify") as coordinator:
+        nodes: Mapping[int, Node] = coordinator.round("look", lambda: _look(question, coordinator.rank), dict)
         hosts = {rank: node["host"] for rank, node in nodes.items()}
         usable = not any(node["cache"]["problem"] for node in nodes.values())
         findings: Findings = {
             "cache_dir": str(question.cache_dir),
             "nodes": [nodes[rank] for rank in sorted(nodes)],
-            "folders": compare_folders(control, question, hosts),
-            "peers": peer_rates(control),
-            "origin": origin_rate(control, question.origin, question.size, settings),
-            "stage": stage_generated(control, question, settings) if usable else None,
+            "folders": compare_folders(coordinator, question, hosts),
+            "peers": peer_rates(coordinator),
+            "origin": origin_rate(coordinator, question.origin, question.size, settings),
+            "stage": stage_generated(coordinator, question, settings) if usable else None,
         }
         # Nobody removes what another one still reads, and folders are left empty before one that was made is removed.
-        control.round("done", lambda: None, lambda _: None)
-        control.round("clean", lambda: remove(question), lambda _: None)
+        coordinator.round("done", lambda: None, lambda _: None)
+        coordinator.round("clean", lambda: remove(question), lambda _: None)
     return findings
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from slurm._qualify.values import OriginRate, Peer
-from weightferry.cluster.control import Control
+from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import CollectError, redact
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import SourceRequest
 
 _PIECE = 64_000_000  # bytes
 _PIECES = 4
@@ -18,12 +18,14 @@ _LIMIT = timedelta(seconds=120)  # four pieces at 20 Mbit/s
 _ORIGIN_SECONDS = 20.0
 
 
-def peer_rates(control: Control) -> list[Peer]:
+def peer_rates(coordinator: Coordinator) -> list[Peer]:
     """Send round a ring over the job's gloo group, all nodes at the same time."""
-    if control.world_size == 1:
+    if coordinator.world_size == 1:
         return []
-    rates: Mapping[int, float] = control.round("peers", lambda: _pass_on(control.rank, control.world_size), dict)
-    size = control.world_size
+    rates: Mapping[int, float] = coordinator.round(
+        "peers", lambda: _pass_on(coordinator.rank, coordinator.world_size), dict
+    )
+    size = coordinator.world_size
     return [{"sender": (rank - 1) % size, "receiver": rank, "mb_s": rates[rank]} for rank in sorted(rates)]
 
 
@@ -48,20 +50,20 @@ def _exchange(rank: int, size: int, count: int, pieces: int) -> float:
     return count * pieces / 1e6 / (time.monotonic() - began)
 
 
-def origin_rate(control: Control, source: str | None, size: int, settings: Settings) -> OriginRate | None:
+def origin_rate(coordinator: Coordinator, source: str | None, size: int, settings: Settings) -> OriginRate | None:
     """Read up to `size` bytes of a source on rank 0, over one connection and for some seconds at most."""
     if source is None:
         return None
-    return control.once("origin", lambda: _read_from(source, size, settings, control))
+    return coordinator.once("origin", lambda: _read_from(source, size, settings, coordinator))
 
 
-def _read_from(source: str, size: int, settings: Settings, control: Control) -> OriginRate:
+def _read_from(source: str, size: int, settings: Settings, coordinator: Coordinator) -> OriginRate:
     from weightferry.origins.base import RangeIgnored, origin_for
-    from weightferry.origins.resolve import resolve
+    from weightferry.origins.pin_sources import resolve
 
     rate: OriginRate = {"source": redact(source), "error": None, "bytes": 0, "seconds": 0.0, "mb_s": None}
     try:
-        pinned = resolve([Ask.of(source)], settings, control).manifest.sources[0]
+        pinned = resolve([SourceRequest.of(source)], settings, coordinator).manifest.sources[0]
         largest = max(pinned.files, key=lambda file: file.size or 0)
         began = time.monotonic()
         with origin_for(pinned.source.scheme, settings).read(pinned, largest.path) as chunks:

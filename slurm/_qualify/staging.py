@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slurm._qualify.values import Question, Staged, Work
-from weightferry.cluster.agree import Wish
-from weightferry.cluster.control import Control
+from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import CollectError
+from weightferry.phases.agree import RankRequest
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import SourceRequest
 
 _SEED = 20240501
 _BLOCK = 8 << 20
 _REPOSITORY, _FILE = "qualify/generated", "weights.bin"
 
 
-def stage_generated(control: Control, question: Question, settings: Settings) -> Staged:
+def stage_generated(coordinator: Coordinator, question: Question, settings: Settings) -> Staged:
     """Generate, serve, stage, and hash what arrived on every node."""
     work = Work(question.cache_dir, question.run)
     with contextlib.ExitStack() as serving:
-        address = control.round("address", _address_of_rank_0, lambda seen: seen[max(seen)])
-        sha256, url = control.once("serve", lambda: _serve(work, question.size, address, serving))
+        address = coordinator.round("address", _address_of_rank_0, lambda seen: seen[max(seen)])
+        sha256, url = coordinator.once("serve", lambda: _serve(work, question.size, address, serving))
         staged: Staged = {
             "error": None,
             "bytes": question.size,
@@ -36,24 +36,24 @@ def stage_generated(control: Control, question: Question, settings: Settings) ->
             "nodes_origin_bytes": [],
         }
         try:
-            _stage(control, url, settings, staged)
+            _stage(coordinator, url, settings, staged)
         except CollectError as error:
             # The same on every rank: all go on together.
             staged["error"] = str(error)
-        control.round("served", lambda: None, lambda _: None)
+        coordinator.round("served", lambda: None, lambda _: None)
     return staged
 
 
-def _stage(control: Control, url: str, settings: Settings, staged: Staged) -> None:
+def _stage(coordinator: Coordinator, url: str, settings: Settings, staged: Staged) -> None:
     from weightferry.staging import collect
 
     with _without_proxy(url):
-        collected = collect(lambda: Wish({"": Ask.of(url)}), control, settings)
+        collected = collect(lambda: RankRequest({"": SourceRequest.of(url)}), coordinator, settings)
     staged["seconds"] = collected.report.total["seconds"]
     by_leader = {domain.leader_rank: domain.origin_bytes for domain in collected.report.domains}
-    staged["nodes_origin_bytes"] = [by_leader.get(rank, 0) for rank in range(control.world_size)]
-    hashes = control.round("compare", lambda: _sha256(collected.paths[""]), dict)
-    staged["nodes_sha256"] = [hashes[rank] for rank in range(control.world_size)]
+    staged["nodes_origin_bytes"] = [by_leader.get(rank, 0) for rank in range(coordinator.world_size)]
+    hashes = coordinator.round("compare", lambda: _sha256(collected.paths[""]), dict)
+    staged["nodes_sha256"] = [hashes[rank] for rank in range(coordinator.world_size)]
 
 
 def _address_of_rank_0() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from slurm._qualify.values import Findings, Folder, Node, Staged, Verdict
+from slurm._qualify.values import Conclusion, Findings, Folder, Node, Staged
 from weightferry.report.text import size
 
 _NONE = "-"
@@ -16,7 +16,7 @@ def shown(findings: Findings) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def concluded(verdict: Verdict) -> str:
+def concluded(verdict: Conclusion) -> str:
     """Write the conclusion."""
     lines = [f"note: {note}" for note in verdict["notes"]]
     lines += [f"wrong: {wrong}" for wrong in verdict["wrong"]]

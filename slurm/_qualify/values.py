@@ -192,7 +192,7 @@ class Staged(TypedDict):
     nodes_origin_bytes: list[int]
 
 
-class Verdict(TypedDict):
+class Conclusion(TypedDict):
     """The conclusion.
 
     Attributes
@@ -222,6 +222,6 @@ class Findings(TypedDict):
     stage: Staged | None
 
 
-def report(findings: Findings | None, verdict: Verdict) -> dict[str, Any]:
+def report(findings: Findings | None, verdict: Conclusion) -> dict[str, Any]:
     """Put both together for JSON."""
     return {"schema": SCHEMA, **(findings or {}), "verdict": verdict}

@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import median
 
 from slurm._qualify.disk import IN_MEMORY, LOCAL_TYPES
-from slurm._qualify.values import Findings, Folder, Verdict
+from slurm._qualify.values import Conclusion, Findings, Folder
 
 _SLOW = 3.0  # a node this many times slower than the median holds up the others
 
 
-def judge(findings: Findings) -> Verdict:
+def conclude(findings: Findings) -> Conclusion:
     """Conclude whether weightferry can work there, what is wrong, and where the cache should be."""
     wrong = [*_wrong_caches(findings), *_wrong_network(findings), *_wrong_stage(findings)]
     notes = [
@@ -24,7 +24,7 @@ def judge(findings: Findings) -> Verdict:
     return {"fit": not wrong, "wrong": wrong, "notes": notes, "cache_dir": _recommended(findings)}
 
 
-def failed(text: str) -> Verdict:
+def failed(text: str) -> Conclusion:
     """Conclude from a job that ended without findings."""
     return {"fit": False, "wrong": [text], "notes": [], "cache_dir": None}
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         Stalled,
         UnsafeFile,
     )
-    from weightferry.leading import run_on_leader, run_on_main
     from weightferry.loading.options import LoadOptions
     from weightferry.loading.registry import (
         DEFAULT_LOAD_HOOKS,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
         mark_as_transfer,
         register_checkpoint_hooks,
     )
+    from weightferry.once import run_on_leader, run_on_main
     from weightferry.pretrainer import PARAMFILE_EXT, Pretrainer
     from weightferry.settings import Settings
     from weightferry.sources import FetchFrom, FetchSource
@@ -51,7 +51,7 @@ _HOMES = {
         "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NoSpace "
         "NotDistributed OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
-    "weightferry.leading": "run_on_leader run_on_main",
+    "weightferry.once": "run_on_leader run_on_main",
     "weightferry.loading.options": "LoadOptions",
     "weightferry.loading.registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "

@@ -9,19 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weightferry.cluster.agree import Wish
 from weightferry.cluster.connect import operation
 from weightferry.errors import BadRequest
-from weightferry.origins.index import is_index
+from weightferry.origins.shard_index import is_index
+from weightferry.phases.agree import RankRequest
 from weightferry.report.run import RunReport
 from weightferry.settings import Settings
-from weightferry.sources import Ask, FetchSource, SourceLike, safe_path
+from weightferry.sources import FetchSource, SourceLike, SourceRequest, safe_path
 from weightferry.staging import collect
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from weightferry.loading.job import Load
+    from weightferry.loading.load_all import LoadRequest
     from weightferry.loading.options import LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ class Pretrainer:
         """
         self._alone, self._group = not internal_ddp_handling, group
         settings = self._limits()
-        with operation(settings, "collect", group=group, alone=self._alone) as control:
-            collected = collect(lambda: self._wish(default_source), control, settings, lockfile=self._lockfile)
+        with operation(settings, "collect", group=group, alone=self._alone) as coordinator:
+            collected = collect(lambda: self._wish(default_source), coordinator, settings, lockfile=self._lockfile)
         self._collected = dict(collected.paths)
         self.report = collected.report
         return dict(self._collected)
@@ -214,14 +214,14 @@ class Pretrainer:
         """
         if verify not in (None, "digest"):
             raise BadRequest(f"verify is 'digest' or None, not {verify!r}")
-        from weightferry.loading.job import load_all
+        from weightferry.loading.load_all import load_all
 
         settings = self._limits()
-        with operation(settings, "load", group=self._group, alone=self._alone) as control:
-            load_all(control, lambda: self._loads(settings), verify=verify is not None)
+        with operation(settings, "load", group=self._group, alone=self._alone) as coordinator:
+            load_all(coordinator, lambda: self._loads(settings), verify=verify is not None)
 
-    def _loads(self, settings: Settings) -> dict[str, Load]:
-        from weightferry.loading.job import Load
+    def _loads(self, settings: Settings) -> dict[str, LoadRequest]:
+        from weightferry.loading.load_all import LoadRequest
         from weightferry.loading.options import LoadOptions
 
         unknown = self.options.keys() - self.loadables.keys()
@@ -230,7 +230,7 @@ class Pretrainer:
         loads = {}
         for name in (name for name in self.loadables if self.is_loadable(name)):
             options = self.options.get(name, LoadOptions())
-            loads[name] = Load(
+            loads[name] = LoadRequest(
                 self.loadables[name],
                 self._path_of(name),
                 self.custom_hooks.get(name),
@@ -251,10 +251,10 @@ class Pretrainer:
             settings = replace(settings, cache_dir=Path(self._cache_dir).expanduser().absolute())
         return settings
 
-    def _wish(self, default_source: SourceLike | None) -> Wish:
+    def _wish(self, default_source: SourceLike | None) -> RankRequest:
         names = [name for name in self.loadables if self.is_loadable(name)]
         if self.collect_in is None:
-            return Wish({name: self._ask(name, default_source) for name in names})
+            return RankRequest({name: self._request(name, default_source) for name in names})
         links: dict[str, str] = {}
         for name in names:
             link = safe_path(f"{name}{PARAMFILE_EXT}")
@@ -264,16 +264,18 @@ class Pretrainer:
                     f"{other!r} and {name!r} would share the link {link} in {self.collect_in}", subject=name
                 )
         into = self.collect_in.expanduser().absolute()
-        return Wish({name: self._ask(name, default_source) for name in names}, into=into, suffix=PARAMFILE_EXT)
+        return RankRequest(
+            {name: self._request(name, default_source) for name in names}, into=into, suffix=PARAMFILE_EXT
+        )
 
-    def _ask(self, name: str, default_source: SourceLike | None) -> Ask:
+    def _request(self, name: str, default_source: SourceLike | None) -> SourceRequest:
         if name in self.paths:
             path = self.paths[name]
             # Of a chain (zip://m.ckpt::s3://bucket/a.zip) the file is in the middle: it is looked up as a whole.
             if "::" in str(path):
-                return Ask.of(path)
+                return SourceRequest.of(path)
             source, filename = self.split_path(path)
-            return Ask.of(source, filename, shards=is_index(filename.partition("?")[0]))
+            return SourceRequest.of(source, filename, shards=is_index(filename.partition("?")[0]))
         if default_source is not None:
-            return Ask.of(default_source, name + PARAMFILE_EXT)
+            return SourceRequest.of(default_source, name + PARAMFILE_EXT)
         raise BadRequest(f"{name!r} has no path, and there is no default source", subject=name)

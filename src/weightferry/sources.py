@@ -32,7 +32,7 @@ SourceLike = str | Path | FetchSource
 
 
 @dataclass(frozen=True)
-class Ask:
+class SourceRequest:
     """One thing that a rank wants: a file under a name, or a whole source.
 
     Attributes
@@ -69,7 +69,7 @@ class Ask:
         allow: str | Iterable[str] | None = None,
         ignore: str | Iterable[str] | None = None,
         shards: bool = False,
-    ) -> Ask:
+    ) -> SourceRequest:
         """Make the value from what the interfaces accept: text, `Path` (always local) or `FetchSource`."""
         kind = None
         if isinstance(source, FetchSource):
@@ -149,7 +149,7 @@ def _without_user(url: str) -> str:
     return re.sub(r"(?<=://)[^/?#\s]+@", "", url)
 
 
-def understand(ask: Ask, is_folder: Callable[[str], bool]) -> Source:
+def parse_source(request: SourceRequest, is_folder: Callable[[str], bool]) -> Source:
     """Decide what the text of a source means.
 
     Text with a scheme means what it says. Text that can only be a path is a path. The rest is resolved as SpeechBrain
@@ -168,25 +168,25 @@ def understand(ask: Ask, is_folder: Callable[[str], bool]) -> Source:
     BadRequest
         The text makes no sense in the place it says it lives, or a path climbs out of its source.
     """
-    text, kind = ask.source, ask.kind
+    text, kind = request.source, request.kind
     scheme = _scheme(text)
     if scheme == "file" and kind is not FetchFrom.HUGGING_FACE:
         # The file's name is a part of the URL, and quoted like the rest of it.
-        return _local(_file_url_path(text), replace(ask, filename=unquote(ask.filename)))
+        return _local(_file_url_path(text), replace(request, filename=unquote(request.filename)))
     if kind is FetchFrom.LOCAL:
-        return _local(text, ask)
+        return _local(text, request)
     if kind is FetchFrom.URI and scheme in ("", "hf"):
-        raise BadRequest(f"{text!r} is not a URL", subject=str(ask))
+        raise BadRequest(f"{text!r} is not a URL", subject=str(request))
     if kind is FetchFrom.HUGGING_FACE or scheme == "hf":
-        return _hub(text, ask)
+        return _hub(text, request)
     if scheme in ("http", "https"):
-        return _http(text, ask)
+        return _http(text, request)
     if scheme:
         root = re.sub(r"(?<![:/])/+$", "", text)  # but not those of memory://
-        return Source(scheme, root, path=safe_path(ask.filename) if ask.filename else "")
+        return Source(scheme, root, path=safe_path(request.filename) if request.filename else "")
     if text.startswith(("/", "~", "./", "../")) or text in (".", "..") or is_folder(text):
-        return _local(text, ask)
-    return _hub(text, ask, guessed=True)
+        return _local(text, request)
+    return _hub(text, request, guessed=True)
 
 
 def safe_path(path: str) -> str:
@@ -217,12 +217,12 @@ def _file_url_path(text: str) -> str:
     return unquote(parts.path)
 
 
-def _local(text: str, ask: Ask) -> Source:
-    if ask.revision:
-        raise BadRequest(f"{text!r} is a local path: it has no revision {ask.revision!r}", subject=str(ask))
+def _local(text: str, request: SourceRequest) -> Source:
+    if request.revision:
+        raise BadRequest(f"{text!r} is a local path: it has no revision {request.revision!r}", subject=str(request))
     # A local file may well lie above the working folder; only its name below `source` must stay below.
     root = str(Path(text).expanduser().absolute())
-    return Source("file", root, path=safe_path(ask.filename) if ask.filename else "")
+    return Source("file", root, path=safe_path(request.filename) if request.filename else "")
 
 
 _REPO_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
@@ -230,7 +230,7 @@ _REPO_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
 
-def _hub(text: str, ask: Ask, *, guessed: bool = False) -> Source:
+def _hub(text: str, request: SourceRequest, *, guessed: bool = False) -> Source:
     rest = text[len("hf://") :] if _scheme(text) == "hf" else text
     repo_type = "model"
     head, _, tail = rest.partition("/")
@@ -243,26 +243,28 @@ def _hub(text: str, ask: Ask, *, guessed: bool = False) -> Source:
     repo = match["repo"] if match else ""
     if not match or not all(_REPO_PART.fullmatch(p) and "--" not in p and ".." not in p for p in repo.split("/")):
         also = ": no such local folder, and not a Hub repository id" if guessed else ": not a Hub repository id"
-        raise BadRequest(f"{ask.source!r}{also} (org/name)", subject=str(ask))
+        raise BadRequest(f"{request.source!r}{also} (org/name)", subject=str(request))
     written = unquote(match["revision"]) if match["revision"] else None
-    if written and ask.revision and written != ask.revision:
-        raise BadRequest(f"{text!r} names revision {written!r}, the call names {ask.revision!r}", subject=str(ask))
-    path = "/".join(part for part in (match["path"] or "", ask.filename) if part)
+    if written and request.revision and written != request.revision:
+        raise BadRequest(
+            f"{text!r} names revision {written!r}, the call names {request.revision!r}", subject=str(request)
+        )
+    path = "/".join(part for part in (match["path"] or "", request.filename) if part)
     return Source(
-        "hf", repo, safe_path(path) if path else "", written or ask.revision, repo_type=repo_type, guessed=guessed
+        "hf", repo, safe_path(path) if path else "", written or request.revision, repo_type=repo_type, guessed=guessed
     )
 
 
-def _http(text: str, ask: Ask) -> Source:
+def _http(text: str, request: SourceRequest) -> Source:
     # The query of a folder's URL (a signature, say) goes with every file in it.
     above, mark, query = text.partition("?")
-    url = f"{above.rstrip('/')}/{ask.filename}{mark}{query}" if ask.filename else text
+    url = f"{above.rstrip('/')}/{request.filename}{mark}{query}" if request.filename else text
     parts = urlsplit(url)
     folder, _, name = parts.path.rpartition("/")
     if not parts.hostname or not name:
         raise BadRequest(f"{redact(url)!r} names no file; an http(s) folder cannot be listed", subject=redact(url))
-    if ask.revision:
-        raise BadRequest(f"{redact(url)!r} has no revision {ask.revision!r}", subject=redact(url))
+    if request.revision:
+        raise BadRequest(f"{redact(url)!r} has no revision {request.revision!r}", subject=redact(url))
     if ".." in PurePosixPath(unquote(parts.path)).parts:
         raise BadRequest(f"{redact(url)!r} climbs out with '..'", subject=redact(url))
     root = f"{parts.scheme}://{parts.netloc}{folder}"

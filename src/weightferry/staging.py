@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.pins import use_all
-from weightferry.cache.publish import note_staged, show
-from weightferry.cache.survey import is_whole
+from weightferry.cache.publish import record_staged, show
+from weightferry.cache.survey import is_complete
 from weightferry.cache.trust import check, prepare
-from weightferry.cache.verified import survives_only_here
-from weightferry.cluster.agree import Agreed, Wish, agree
+from weightferry.cache.usage import hold_sources
+from weightferry.cache.verified_notes import is_on_local_disk
 from weightferry.cluster.connect import operation
-from weightferry.cluster.control import Control
-from weightferry.delivery import deliver
+from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import BadRequest, OriginUnreachable, at
-from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.manifest import File, Manifest, Pinned
 from weightferry.origins.base import Origin, origin_for
-from weightferry.origins.hub_folders import HubFolders, is_offline, users_folder
-from weightferry.origins.locked import Lockfile
-from weightferry.origins.resolve import Resolved, resolve
+from weightferry.origins.hub_cache import HubCacheOrigin, is_offline, user_hub_cache
+from weightferry.origins.lockfile import Lockfile
+from weightferry.origins.pin_sources import Resolution, resolve
+from weightferry.phases.agree import JobRequest, RankRequest, agree
+from weightferry.phases.delivery import deliver
+from weightferry.phases.link import LinkPlan, VisibilityCheck, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.report.run import RunReport
+from weightferry.report.summary import DomainResult, summarise
 from weightferry.settings import Settings
-from weightferry.sources import Ask, SourceLike
-from weightferry.summary import Part, summarise
+from weightferry.sources import SourceLike, SourceRequest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,12 +99,12 @@ def stage(
     """
     settings = Settings.from_environ(cache_dir=cache_dir)
 
-    def wish() -> Wish:
-        ask = Ask.of(source, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
-        return Wish({"": ask}, into=_absolute(to))
+    def wish() -> RankRequest:
+        ask = SourceRequest.of(source, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
+        return RankRequest({"": ask}, into=_absolute(to))
 
-    with operation(settings, "stage", group=group) as control:
-        return collect(wish, control, settings, lockfile=_absolute(lockfile)).paths[""]
+    with operation(settings, "stage", group=group) as coordinator:
+        return collect(wish, coordinator, settings, lockfile=_absolute(lockfile)).paths[""]
 
 
 def _absolute(path: str | Path | None) -> Path | None:
@@ -114,7 +114,7 @@ def _absolute(path: str | Path | None) -> Path | None:
 
 
 def collect(
-    wish: Callable[[], Wish], control: Control, settings: Settings, *, lockfile: Path | None = None
+    wish: Callable[[], RankRequest], coordinator: Coordinator, settings: Settings, *, lockfile: Path | None = None
 ) -> Collected:
     """Run one operation from agree to link.
 
@@ -137,7 +137,7 @@ def collect(
     began = time.monotonic()
     layout = CacheLayout(settings.cache_dir)
 
-    def checked() -> Wish:
+    def checked() -> RankRequest:
         # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
         with contextlib.suppress(OSError):
             prepare(layout, settings.cache_group)
@@ -146,92 +146,96 @@ def collect(
                 check(CacheLayout(tier))
         return _outside_cache(wish(), layout)
 
-    mine, agreed = agree(control, checked, settings)
+    mine, job = agree(coordinator, checked, settings)
     if lockfile is None:
-        resolved = _resolve(control, agreed, layout, settings)
+        resolved = _resolve(coordinator, job, layout, settings)
     else:
-        resolved = control.once("resolve", lambda: _unlock(lockfile, agreed, layout, settings, control))
-    manifest, leaders = resolved.manifest, agreed.leaders
-    delivered = deliver(control, manifest, agreed, layout, settings, sure=lockfile is None)
+        resolved = coordinator.once("resolve", lambda: _unlock(lockfile, job, layout, settings, coordinator))
+    manifest, leaders = resolved.manifest, job.leaders
+    delivered = deliver(coordinator, manifest, job, layout, settings, sure=lockfile is None)
     linking = time.monotonic()
-    shown = Shown.of(mine, resolved, layout)
+    shown = LinkPlan.of(mine, resolved, layout)
 
     def link() -> tuple[int, ...] | None:
-        if control.rank in leaders:
+        if coordinator.rank in leaders:
             _show(layout, manifest, delivered.places)
-        if control.rank in agreed.links:
-            make_links(Shown.of(replace(mine, asks=agreed.links[control.rank]), resolved, layout))
+        if coordinator.rank in job.links:
+            make_links(LinkPlan.of(replace(mine, requests=job.links[coordinator.rank]), resolved, layout))
 
-        return first_blocks(layout, manifest) if control.rank in leaders else None
+        return first_blocks(layout, manifest) if coordinator.rank in leaders else None
 
     def compare(said: Mapping[int, tuple[int, ...] | None]) -> tuple[int, ...]:
-        return agree_on_blocks(manifest, {control.names[rank]: blocks for rank, blocks in said.items()})
+        return agree_on_blocks(manifest, {coordinator.names[rank]: blocks for rank, blocks in said.items()})
 
-    blocks = control.round("link", link, compare, {*leaders, *agreed.links}, agreed.role(control.rank))
-    sight = Sight(blocks, settings.visibility_timeout if agreed.lag else 0.0, control.check)
+    blocks = coordinator.round("link", link, compare, {*leaders, *job.links}, job.role(coordinator.rank))
+    sight = VisibilityCheck(blocks, settings.visibility_timeout if job.lag else 0.0, coordinator.check)
 
-    def read_back() -> Part | None:
+    def read_back() -> DomainResult | None:
         # A leader did so before it looked, and still is here. Elsewhere one lock for each of thousands of ranks would
         # be too many: there the leader's counts.
-        if control.rank not in leaders and survives_only_here(layout):
-            tiers = [tier for tier in map(CacheLayout, settings.cache_tiers) if survives_only_here(tier)]
-            use_all(layout, tiers, manifest, control.check, settings.stall_timeout)
+        if coordinator.rank not in leaders and is_on_local_disk(layout):
+            tiers = [tier for tier in map(CacheLayout, settings.cache_tiers) if is_on_local_disk(tier)]
+            hold_sources(layout, tiers, manifest, coordinator.check, settings.stall_timeout)
         check_readable(shown, resolved, sight)
-        if control.rank not in leaders:
+        if coordinator.rank not in leaders:
             return None
-        seconds = {**control.seconds, "link": time.monotonic() - linking}
-        return Part.of(layout, manifest, delivered, seconds)
+        seconds = {**coordinator.seconds, "link": time.monotonic() - linking}
+        return DomainResult.of(layout, manifest, delivered, seconds)
 
-    report = control.round(
-        "link", read_back, lambda parts: summarise(control.operation, agreed, manifest, parts, time.monotonic() - began)
+    report = coordinator.round(
+        "link",
+        read_back,
+        lambda parts: summarise(coordinator.operation, job, manifest, parts, time.monotonic() - began),
     )
     return Collected(shown.paths, report, manifest)
 
 
-def _unlock(path: Path, agreed: Agreed, layout: CacheLayout, settings: Settings, control: Control) -> Resolved:
+def _unlock(
+    path: Path, job: JobRequest, layout: CacheLayout, settings: Settings, coordinator: Coordinator
+) -> Resolution:
     """Resolve from a lock file; what must be read for it comes from the cache if it is there."""
 
     def held(pinned: Pinned, file: File) -> bytes | None:
         # Its checksum is compared where it is staged.
         caches = (layout, *map(CacheLayout, settings.cache_tiers))
-        there = next((cache for cache in caches if is_whole(cache, pinned, file)), None)
+        there = next((cache for cache in caches if is_complete(cache, pinned, file)), None)
         return there.blob(pinned, file).read_bytes() if there else None
 
-    return resolve(agreed.asks, settings, control, Lockfile.load(path).origins(held))
+    return resolve(job.requests, settings, coordinator, Lockfile.load(path).origins(held))
 
 
-def _resolve(control: Control, agreed: Agreed, layout: CacheLayout, settings: Settings) -> Resolved:
+def _resolve(coordinator: Coordinator, job: JobRequest, layout: CacheLayout, settings: Settings) -> Resolution:
     """Ask the origins on rank 0; when there is no way to them from there, on the leaders: one gateway is enough."""
-    elsewhere = len(agreed.leaders) > 1
+    elsewhere = len(job.leaders) > 1
     origins = _origins(layout, settings)
 
-    def ask() -> Resolved | None:
+    def ask() -> Resolution | None:
         try:
-            return resolve(agreed.asks, settings, control, origins, elsewhere=elsewhere)
+            return resolve(job.requests, settings, coordinator, origins, elsewhere=elsewhere)
         except OriginUnreachable:
             if not elsewhere:
                 raise
             return None
 
-    def first(found: Mapping[int, Resolved | None]) -> Resolved | None:
+    def first(found: Mapping[int, Resolution | None]) -> Resolution | None:
         return next((one for one in found.values() if one is not None), None)
 
-    resolved = control.round("resolve", ask, first, (0,))
+    resolved = coordinator.round("resolve", ask, first, (0,))
     if resolved is None:
-        others = [leader for leader in agreed.leaders if leader != 0]
-        resolved = control.round("resolve", ask, first, others, agreed.role(control.rank))
+        others = [leader for leader in job.leaders if leader != 0]
+        resolved = coordinator.round("resolve", ask, first, others, job.role(coordinator.rank))
     # Nobody gets there: rank 0 tries for as long as the settings say, and tells why not.
-    return resolved or control.once("resolve", lambda: resolve(agreed.asks, settings, control, origins))
+    return resolved or coordinator.once("resolve", lambda: resolve(job.requests, settings, coordinator, origins))
 
 
 def _origins(layout: CacheLayout, settings: Settings) -> Callable[[str, Settings], Origin]:
     if not is_offline():
         return origin_for
     caches = (layout, *map(CacheLayout, settings.cache_tiers))
-    return HubFolders.instead_of_the_hub([*(cache.hub for cache in caches), users_folder()])
+    return HubCacheOrigin.instead_of_the_hub([*(cache.hub for cache in caches), user_hub_cache()])
 
 
-def _outside_cache(wish: Wish, layout: CacheLayout) -> Wish:
+def _outside_cache(wish: RankRequest, layout: CacheLayout) -> RankRequest:
     if wish.into is not None and layout.owns(wish.into):
         raise BadRequest("the links would lie inside the cache, among its own files", subject=str(wish.into))
     return wish
@@ -243,4 +247,4 @@ def _show(layout: CacheLayout, manifest: Manifest, places: Mapping[Path, Path]) 
         if not pinned.in_place:
             with at(phase="publish", subject=pinned.name):
                 show(layout, pinned, places)
-            note_staged(layout, pinned)
+            record_staged(layout, pinned)

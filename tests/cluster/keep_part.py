@@ -9,7 +9,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from weightferry.cache.partial import Partial, Run
+from weightferry.cache.partial import PartialFile, WrittenRange
 
 
 def main() -> None:
@@ -17,9 +17,9 @@ def main() -> None:
     (blob,) = cache.glob(f"hub/*/blobs/{sha256}")
     content = blob.read_bytes()
     start, stop = (len(content) * place // of for place in (number, number + 1))
-    partial = Partial(cache / "partial" / blob.parents[1].name / sha256, len(content), sha256)
+    partial = PartialFile(cache / "partial" / blob.parents[1].name / sha256, len(content), sha256)
     partial.write(start, content[start:stop])
-    partial.note(Run(start, stop, zlib.crc32(content[start:stop])))
+    partial.note(WrittenRange(start, stop, zlib.crc32(content[start:stop])))
     blob.unlink()
 
 

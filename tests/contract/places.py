@@ -18,7 +18,7 @@ from huggingface_hub import close_session, constants
 from weightferry.manifest import Pinned
 from weightferry.origins.base import Busy, Origin, TransientOriginError, origin_for
 from weightferry.settings import Settings
-from weightferry.sources import Ask, Source, understand
+from weightferry.sources import Source, SourceRequest, parse_source
 from weightferry.testing import hub as hubs
 from weightferry.testing.origin import FakeOrigin, Fault
 
@@ -47,7 +47,7 @@ class Place(Protocol):
 
 
 def meaning(text: str) -> Source:
-    return understand(Ask.of(text), lambda _: False)
+    return parse_source(SourceRequest.of(text), lambda _: False)
 
 
 def made(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

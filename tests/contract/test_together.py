@@ -19,8 +19,8 @@ import weightferry
 from tests.contract.places import contents, point_at
 from tests.multiprocess.launched import clean_environ
 from tests.multiprocess.nodes import Nodes
-from weightferry.testing._hub_faults import Exchange
 from weightferry.testing.hub import Fault, HubServer
+from weightferry.testing.hub.faults import Exchange
 
 # The big ones have locks of their own.
 ONE, TWO = "one.safetensors", "two.safetensors"

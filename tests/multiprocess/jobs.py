@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import weightferry
-from tests.answers import answer
+from tests.store_answers import answer
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
 
 def report(source: str) -> dict[str, Any]:
     """Stage a source and return the run report."""
-    from weightferry.cluster.agree import Wish
     from weightferry.cluster.connect import operation
+    from weightferry.phases.agree import RankRequest
     from weightferry.settings import Settings
-    from weightferry.sources import Ask
+    from weightferry.sources import SourceRequest
     from weightferry.staging import collect
 
     settings = Settings.from_environ()
-    with operation(settings, "stage") as control:
-        return collect(lambda: Wish({"": Ask.of(source)}), control, settings).report.to_dict()
+    with operation(settings, "stage") as coordinator:
+        return collect(lambda: RankRequest({"": SourceRequest.of(source)}), coordinator, settings).report.to_dict()
 
 
 def collect(

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.answers import known
 from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
+from tests.store_answers import known
 from weightferry.errors import BadRequest, CollectError, LoadError, NoSpace, SourceNotFound
 from weightferry.testing.hub import Fault
 

@@ -99,15 +99,15 @@ def stuck_on_rank_2() -> None:
     gone = threading.Event()
 
     def work() -> None:
-        control.expect(100)
-        control.moved(10)
-        with control.paused("not yet"):
+        coordinator.expect(100)
+        coordinator.moved(10)
+        with coordinator.paused("not yet"):
             gone.wait(4)  # longer than a stall: there is a reason
-        if control.rank == 2:
+        if coordinator.rank == 2:
             gone.wait(10)
         else:
-            control.moved(90)
+            coordinator.moved(90)
 
-    with operation(Settings.from_environ(), "stage") as control:
-        control.once("agree", lambda: None)
-        control.round("transfer", work, lambda _: None)
+    with operation(Settings.from_environ(), "stage") as coordinator:
+        coordinator.once("agree", lambda: None)
+        coordinator.round("transfer", work, lambda _: None)

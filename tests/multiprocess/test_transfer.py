@@ -67,13 +67,13 @@ def keep_a_part(four: Nodes, rank: int, start: int, stop: int) -> None:
     """Let a node look as if it had been killed with these bytes of the big file."""
     import zlib
 
-    from weightferry.cache.partial import Partial, Run
+    from weightferry.cache.partial import PartialFile, WrittenRange
 
     (blob,) = (path for path in four.cache(rank).glob("hub/*/blobs/*") if path.stat().st_size == len(WEIGHTS))
     partial_data = four.cache(rank) / "partial" / "models--org--model" / blob.name
-    there = Partial(partial_data, len(WEIGHTS), blob.name)
+    there = PartialFile(partial_data, len(WEIGHTS), blob.name)
     there.write(start, WEIGHTS[start:stop])
-    there.note(Run(start, stop, zlib.crc32(WEIGHTS[start:stop])))
+    there.note(WrittenRange(start, stop, zlib.crc32(WEIGHTS[start:stop])))
     blob.unlink()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.doubles import FakeWatch
+from tests.unit.doubles import FakeMonitor
 from weightferry.cache.layout import CacheLayout
 from weightferry.settings import Settings
 
@@ -23,5 +23,5 @@ def layout(settings: Settings) -> CacheLayout:
 
 
 @pytest.fixture
-def watch() -> FakeWatch:
-    return FakeWatch()
+def monitor() -> FakeMonitor:
+    return FakeMonitor()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks, Patience
-from weightferry.cache.survey import Surveyor
-from weightferry.cluster.control import Solo
+from weightferry.cache.locks import FileLocks, LockTimeouts
+from weightferry.cache.survey import CacheSurveyor
+from weightferry.cluster.coordinator import LocalCoordinator
 from weightferry.manifest import Manifest, Pinned
 from weightferry.sources import Source
 from weightferry.testing.origin import FakeOrigin
@@ -15,7 +15,7 @@ class Over(Exception):
     """The operation is over."""
 
 
-class FakeWatch:
+class FakeMonitor:
     """Counts bytes; `over` ends the operation at the next check."""
 
     def __init__(self) -> None:
@@ -49,20 +49,20 @@ def environ(**variables: object) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-class FakeControl(Solo):
+class FakeControl(LocalCoordinator):
     """An operation of one process that can be ended, and tells its bytes to a watch."""
 
-    def __init__(self, watch: FakeWatch) -> None:
+    def __init__(self, monitor: FakeMonitor) -> None:
         super().__init__("h")
-        self._watch = watch
+        self._monitor = monitor
 
     def moved(self, count: int, peer: bool = False) -> None:
-        self._watch.moved(count)
+        self._monitor.moved(count)
 
     def check(self) -> None:
-        self._watch.check()
+        self._monitor.check()
 
 
-def surveyor_of(layout: CacheLayout, manifest: Manifest) -> Surveyor:
+def surveyor_of(layout: CacheLayout, manifest: Manifest) -> CacheSurveyor:
     """A surveyor whose locks are freed with it."""
-    return Surveyor(layout, manifest, Locks(Patience(0.2), lambda: None))
+    return CacheSurveyor(layout, manifest, FileLocks(LockTimeouts(0.2), lambda: None))

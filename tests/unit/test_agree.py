@@ -11,25 +11,35 @@ from typing import Any
 
 import pytest
 
-from tests.answers import answer, known
 from tests.conftest import need
-from weightferry.cluster.agree import Agreed, Comparing, Introduction, Mine, Wish
-from weightferry.cluster.control import Solo
-from weightferry.cluster.domains import Domain, Meeting, Met, Place, group, is_local, mount_of
+from tests.store_answers import answer, known
+from weightferry.cluster.coordinator import LocalCoordinator
+from weightferry.cluster.domains import (
+    FolderIdentity,
+    ProbeResult,
+    StorageDomain,
+    StorageProbe,
+    group,
+    is_local,
+    mount_of,
+)
 from weightferry.errors import BadRequest, CollectError, PlanMismatch
+from weightferry.phases.agree import JobRequest, RankDescription, RankProbe, RankRequest, RequestComparison
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import SourceRequest
 
-A, B = Ask.of("org/a", "x.ckpt"), Ask.of("org/b", "x.ckpt")
-HERE, THERE = Place("boot0", 1, 1), Place("boot1", 1, 1)
-
-
-def agree(said: dict[int, Introduction]) -> Agreed:
-    return Comparing(range(64)).introduced(said)
+A, B = SourceRequest.of("org/a", "x.ckpt"), SourceRequest.of("org/b", "x.ckpt")
+HERE, THERE = FolderIdentity("boot0", 1, 1), FolderIdentity("boot1", 1, 1)
 
 
-def says(host: str = "h0", cache: Place = HERE, into: Place | None = None, **asks: Ask) -> Introduction:
-    return Introduction(host, f"{host}/0", cache, into, asks)
+def agree(said: dict[int, RankDescription]) -> JobRequest:
+    return RequestComparison(range(64)).introduced(said)
+
+
+def says(
+    host: str = "h0", cache: FolderIdentity = HERE, into: FolderIdentity | None = None, **requests: SourceRequest
+) -> RankDescription:
+    return RankDescription(host, f"{host}/0", cache, into, requests)
 
 
 class TestPlaces:
@@ -37,9 +47,9 @@ class TestPlaces:
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
         (tmp_path / "link").symlink_to("a")
-        place = Place.of(tmp_path / "a")
-        assert place == Place.of(tmp_path / "link") == Place.of(tmp_path / "b/../a")
-        assert place != Place.of(tmp_path / "b")
+        place = FolderIdentity.of(tmp_path / "a")
+        assert place == FolderIdentity.of(tmp_path / "link") == FolderIdentity.of(tmp_path / "b/../a")
+        assert place != FolderIdentity.of(tmp_path / "b")
 
     def test_numbers_of_another_machine_mean_nothing(self) -> None:
         assert HERE != THERE
@@ -47,7 +57,7 @@ class TestPlaces:
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
-            Place.of(tmp_path / "no")
+            FolderIdentity.of(tmp_path / "no")
 
 
 def test_the_lowest_rank_leads() -> None:
@@ -56,89 +66,91 @@ def test_the_lowest_rank_leads() -> None:
     domains = group(places, hosts)
     assert [(domain.leader, domain.ranks, domain.host) for domain in domains] == [(0, (0, 2), "h1"), (1, (1, 3), "h0")]
     assert [domain.role for domain in domains] == ["leader of ranks 0, 2", "leader of ranks 1, 3"]
-    assert Domain(4, (4,), "h", names=(4,)).role == "leader of its own cache"
+    assert StorageDomain(4, (4,), "h", names=(4,)).role == "leader of its own cache"
 
 
 class TestAgree:
     def test_the_union_in_the_order_of_ranks(self) -> None:
-        agreed = agree({0: says(x=A), 1: says(x=A, y=B), 2: says("h1", THERE, z=A)})
-        assert agreed.asks == (A, B)
-        assert agreed.leaders == (0, 2)
-        assert (agreed.ranks, agreed.nodes) == (3, 2)
-        assert agreed.role(2) == "leader of its own cache"
-        assert agreed.role(1) == ""
-        assert agreed.links == {}
+        job = agree({0: says(x=A), 1: says(x=A, y=B), 2: says("h1", THERE, z=A)})
+        assert job.requests == (A, B)
+        assert job.leaders == (0, 2)
+        assert (job.ranks, job.nodes) == (3, 2)
+        assert job.role(2) == "leader of its own cache"
+        assert job.role(1) == ""
+        assert job.links == {}
 
     def test_two_agents_on_one_host_are_two_nodes(self) -> None:
-        one, two = Introduction("h", "h/0", HERE, None, {}), Introduction("h", "h/1", HERE, None, {})
+        one, two = RankDescription("h", "h/0", HERE, None, {}), RankDescription("h", "h/1", HERE, None, {})
         assert agree({0: one, 1: two}).nodes == 2
         assert len(agree({0: one, 1: two}).domains) == 1
 
     def test_one_rank_links_what_all_want_in_a_folder(self) -> None:
-        links, others = Place("boot0", 1, 7), Place("boot0", 1, 8)
-        agreed = agree({0: says(into=links, x=A), 1: says(into=links, y=B), 2: says(into=others, x=B), 3: says(z=A)})
-        assert agreed.links == {0: {"x": A, "y": B}, 2: {"x": B}}
+        links, others = FolderIdentity("boot0", 1, 7), FolderIdentity("boot0", 1, 8)
+        job = agree({0: says(into=links, x=A), 1: says(into=links, y=B), 2: says(into=others, x=B), 3: says(z=A)})
+        assert job.links == {0: {"x": A, "y": B}, 2: {"x": B}}
 
     def test_a_folder_of_links_has_its_own_domains(self) -> None:
-        shared = Place("nfs", 1, 7)
-        agreed = agree({0: says("h0", HERE, shared, x=A), 1: says("h1", THERE, shared, x=A)})
-        assert agreed.leaders == (0, 1)
-        assert list(agreed.links) == [0]
+        shared = FolderIdentity("nfs", 1, 7)
+        job = agree({0: says("h0", HERE, shared, x=A), 1: says("h1", THERE, shared, x=A)})
+        assert job.leaders == (0, 1)
+        assert list(job.links) == [0]
 
     def test_one_link_with_two_sources_names_both_ranks(self) -> None:
-        links = Place("boot0", 1, 7)
+        links = FolderIdentity("boot0", 1, 7)
         with pytest.raises(PlanMismatch) as raised:
             agree({0: says(into=links, y=B), 1: says("h1", into=links, x=A), 5: says("h2", into=links, x=B)})
         text = str(raised.value)
         assert "x is org/a/x.ckpt on rank 1 (h1) and org/b/x.ckpt on rank 5 (h2)" in text
 
     def test_no_secret_in_it(self) -> None:
-        links = Place("boot0", 1, 7)
-        one, two = Ask.of("https://u:pa55@h/m?sig=s1gn1"), Ask.of("https://u:pa55@h/m?sig=s1gn2")
+        links = FolderIdentity("boot0", 1, 7)
+        one, two = SourceRequest.of("https://u:pa55@h/m?sig=s1gn1"), SourceRequest.of("https://u:pa55@h/m?sig=s1gn2")
         with pytest.raises(PlanMismatch) as raised:
             agree({0: says(into=links, x=one), 1: says(into=links, x=two)})
         assert "pa55" not in str(raised.value)
         assert "s1gn" not in str(raised.value)
 
     def test_different_sources_in_different_folders_are_fine(self) -> None:
-        agreed = agree({0: says(into=HERE, x=A), 1: says(into=THERE, x=B), 2: says(x=B)})
-        assert agreed.links == {0: {"x": A}, 1: {"x": B}}
+        job = agree({0: says(into=HERE, x=A), 1: says(into=THERE, x=B), 2: says(x=B)})
+        assert job.links == {0: {"x": A}, 1: {"x": B}}
 
 
 class TestIntroduction:
-    def introduce(self, wish: Wish, cache: Path) -> Introduction:
-        return Mine(Solo("h"), Settings(cache_dir=cache)).introduce(lambda: wish)
+    def introduce(self, wish: RankRequest, cache: Path) -> RankDescription:
+        return RankProbe(LocalCoordinator("h"), Settings(cache_dir=cache)).introduce(lambda: wish)
 
     def test_folders_are_made(self, tmp_path: Path) -> None:
-        said = self.introduce(Wish({"x": A}, into=tmp_path / "a/b"), tmp_path / "cache/deep")
-        assert said == Introduction("h", "h", Place.of(tmp_path / "cache/deep"), Place.of(tmp_path / "a/b"), {"x": A})
+        said = self.introduce(RankRequest({"x": A}, into=tmp_path / "a/b"), tmp_path / "cache/deep")
+        assert said == RankDescription(
+            "h", "h", FolderIdentity.of(tmp_path / "cache/deep"), FolderIdentity.of(tmp_path / "a/b"), {"x": A}
+        )
 
     def test_a_cache_that_cannot_be_is_nobody_elses(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        said = self.introduce(Wish({}), tmp_path / "file" / "cache")
+        said = self.introduce(RankRequest({}), tmp_path / "file" / "cache")
         assert said.cache.inode == 0
         assert said.cache.device == -1
 
     def test_a_wish_that_fails(self, tmp_path: Path) -> None:
-        def wish() -> Wish:
+        def wish() -> RankRequest:
             raise BadRequest("no")
 
         with pytest.raises(BadRequest):
-            Mine(Solo("h"), Settings(cache_dir=tmp_path)).introduce(wish)
+            RankProbe(LocalCoordinator("h"), Settings(cache_dir=tmp_path)).introduce(wish)
 
 
 def test_nobody_wants_anything() -> None:
-    assert agree({0: says()}) == Agreed((), (Domain(0, (0,), "h0", names=(0,)),), {}, 1, 1, tiers={0: ()})
+    assert agree({0: says()}) == JobRequest((), (StorageDomain(0, (0,), "h0", names=(0,)),), {}, 1, 1, tiers={0: ()})
 
 
-LUSTRE = [Place(f"boot{machine}", 5, machine, local=False) for machine in range(4)]
+LUSTRE = [FolderIdentity(f"boot{machine}", 5, machine, local=False) for machine in range(4)]
 
 
 class TestMeeting:
     """Folders that several machines may see: whether they do is tried."""
 
-    def comparing(self, *domains: str) -> tuple[Comparing, Agreed]:
-        comparing = Comparing(range(4))
+    def comparing(self, *domains: str) -> tuple[RequestComparison, JobRequest]:
+        comparing = RequestComparison(range(4))
         said = {
             rank: replace(says(f"h{rank}", LUSTRE[rank], x=A), domain=name)
             for rank, name in enumerate(domains or ("",) * 4)
@@ -151,35 +163,46 @@ class TestMeeting:
         assert agree({0: says(cache=LUSTRE[0]), 1: says("h1", THERE)}).token == ""
 
     def test_two_share_and_two_do_not(self) -> None:
-        comparing, agreed = self.comparing()
-        assert agreed.token
-        assert agreed.caches == (0, 1, 2, 3)
-        met = comparing.met({0: (Met(1), None), 1: (Met(1), None), 2: (Met(2), None), 3: (Met(3), None)})
+        comparing, job = self.comparing()
+        assert job.token
+        assert job.caches == (0, 1, 2, 3)
+        met = comparing.met(
+            {0: (ProbeResult(1), None), 1: (ProbeResult(1), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
+        )
         assert [domain.ranks for domain in met.domains] == [(0, 1), (2,), (3,)]
         assert met.leaders == (0, 2, 3)
         assert met.token == ""
         assert met.lag
 
     def test_one_folder_of_links_for_all_machines(self) -> None:
-        comparing = Comparing(range(4))
+        comparing = RequestComparison(range(4))
         into = [replace(place, inode=9) for place in LUSTRE]
-        agreed = comparing.introduced({n: says(f"h{n}", Place(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
-        assert (agreed.caches, agreed.folders) == ((), (0, 1, 2, 3))
-        met = comparing.met(dict.fromkeys(range(4), (None, Met(2))))
+        job = comparing.introduced({n: says(f"h{n}", FolderIdentity(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
+        assert (job.caches, job.folders) == ((), (0, 1, 2, 3))
+        met = comparing.met(dict.fromkeys(range(4), (None, ProbeResult(2))))
         assert list(met.links) == [0]
         assert met.leaders == (0, 1, 2, 3)
 
     def test_a_domain_that_the_user_names_is_compared(self) -> None:
         comparing, _ = self.comparing("a", "a", "b", "c")
-        assert comparing.met({0: (Met(0), None), 1: (Met(0), None), 2: (Met(2), None), 3: (Met(3), None)}).leaders == (
+        assert comparing.met(
+            {0: (ProbeResult(0), None), 1: (ProbeResult(0), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
+        ).leaders == (
             0,
             2,
             3,
         )
         with pytest.raises(PlanMismatch, match="different ones"):
-            comparing.met({n: (Met(n), None) for n in range(4)})
+            comparing.met({n: (ProbeResult(n), None) for n in range(4)})
         with pytest.raises(PlanMismatch, match="see one cache folder, but WEIGHTFERRY_DOMAIN says 'a' and 'b'"):
-            comparing.met({0: (Met(0), None), 1: (Met(0), None), 2: (Met(0), None), 3: (Met(3), None)})
+            comparing.met(
+                {
+                    0: (ProbeResult(0), None),
+                    1: (ProbeResult(0), None),
+                    2: (ProbeResult(0), None),
+                    3: (ProbeResult(3), None),
+                }
+            )
 
     def test_what_the_user_names_against_what_is_proven(self) -> None:
         with pytest.raises(PlanMismatch, match="see one cache folder"):
@@ -190,14 +213,19 @@ class TestMeeting:
     def test_locks_that_two_machines_hold_at_once(self) -> None:
         comparing, _ = self.comparing()
         met = comparing.met(
-            {0: (Met(1), None), 1: (Met(1), None), 2: (Met(2), None), 3: (Met(2, excludes=False), None)}
+            {
+                0: (ProbeResult(1), None),
+                1: (ProbeResult(1), None),
+                2: (ProbeResult(2), None),
+                3: (ProbeResult(2, excludes=False), None),
+            }
         )
         assert [(domain.ranks, domain.excludes) for domain in met.domains] == [((0, 1), True), ((2, 3), False)]
 
     def test_who_finds_the_file_made(self, tmp_path: Path) -> None:
-        meeting, other = Meeting("token", 5.0), Meeting("token", 5.0)
-        assert meeting.at(tmp_path, 3, lambda: None) == Met(3)
-        assert other.at(tmp_path, 1, lambda: None) == Met(3)
+        meeting, other = StorageProbe("token", 5.0), StorageProbe("token", 5.0)
+        assert meeting.at(tmp_path, 3, lambda: None) == ProbeResult(3)
+        assert other.at(tmp_path, 1, lambda: None) == ProbeResult(3)
         meeting.end()
         other.end()
         assert list(tmp_path.iterdir()) == []
@@ -205,19 +233,19 @@ class TestMeeting:
     @pytest.mark.parametrize("errno", [0, 38])
     def test_locks_that_exclude_nobody(self, tmp_path: Path, errno: int) -> None:
         need(known(), "the numbers of this machine's system calls are not known here")
-        meeting = Meeting("token", 5.0)
+        meeting = StorageProbe("token", 5.0)
         meeting.at(tmp_path, 3, lambda: None)
 
-        def elsewhere() -> Met:
+        def elsewhere() -> ProbeResult:
             answer("flock", errno)
-            return Meeting("token", 5.0).at(tmp_path, 1, lambda: None)
+            return StorageProbe("token", 5.0).at(tmp_path, 1, lambda: None)
 
         with ThreadPoolExecutor(1) as thread:
-            assert thread.submit(elsewhere).result() == Met(3, excludes=False)
+            assert thread.submit(elsewhere).result() == ProbeResult(3, excludes=False)
         meeting.end()
 
     def test_files_that_show_late(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        meeting = Meeting("token", 30.0)
+        meeting = StorageProbe("token", 30.0)
         meeting.at(tmp_path, 3, lambda: None)
         shows = time.monotonic() + 1.0
         read = Path.read_text
@@ -228,11 +256,11 @@ class TestMeeting:
             return read(path, *args, **options)
 
         monkeypatch.setattr(Path, "read_text", late)
-        assert meeting.at(tmp_path, 1, lambda: None) == Met(3)
+        assert meeting.at(tmp_path, 1, lambda: None) == ProbeResult(3)
         meeting.end()
 
     def test_files_that_never_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        meeting = Meeting("token", 0.1)
+        meeting = StorageProbe("token", 0.1)
         meeting.at(tmp_path, 3, lambda: None)
         (tmp_path / ".weightferry-token").write_text("3")  # without its end of line: not written to its end
         with pytest.raises(CollectError, match="WEIGHTFERRY_DOMAIN"):

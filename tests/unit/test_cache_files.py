@@ -13,14 +13,14 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
-from weightferry.cache import verified
-from weightferry.cache.exclusion import Exclusion
+from weightferry.cache import verified_notes
+from weightferry.cache.atomic import point, write_atomically
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.links import point, write_whole
+from weightferry.cache.lock_support import LockSupport
+from weightferry.cache.partial_cleanup import sweep
 from weightferry.cache.publish import publish, show
-from weightferry.cache.survey import Survey, is_whole, known_sha256
-from weightferry.cache.unfinished import sweep
-from weightferry.cache.verified import is_verified, note_verified
+from weightferry.cache.survey import DomainSurvey, is_complete, known_sha256
+from weightferry.cache.verified_notes import is_verified, note_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
@@ -36,7 +36,7 @@ def pinned(source: Source, *files: File, commit: str = COMMIT) -> Pinned:
     return Pinned(source, commit, files or (FILE,))
 
 
-def surveyed(layout: CacheLayout, manifest: Manifest) -> Survey:
+def surveyed(layout: CacheLayout, manifest: Manifest) -> DomainSurvey:
     surveyor = surveyor_of(layout, manifest)
     try:
         return surveyor.survey()
@@ -185,29 +185,29 @@ class TestPoint:
 class TestWriteWhole:
     def test_new_with_parents_and_again(self, tmp_path: Path) -> None:
         path = tmp_path / "refs/refs/pr/1"
-        write_whole(path, "one")
+        write_atomically(path, "one")
         first = path.stat()
-        write_whole(path, "one")
+        write_atomically(path, "one")
         assert path.stat().st_ino == first.st_ino, "unchanged content is not written again"
-        write_whole(path, "two")
+        write_atomically(path, "two")
         assert path.read_text() == "two"
         assert list(path.parent.iterdir()) == [path]
 
     def test_in_place_of_garbage(self, tmp_path: Path) -> None:
         (tmp_path / "ref").write_bytes(b"\xff\xfe\x00")
-        write_whole(tmp_path / "ref", "main")
+        write_atomically(tmp_path / "ref", "main")
         assert (tmp_path / "ref").read_text() == "main"
 
     def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write_whole(tmp_path / "ref", "old")
+        write_atomically(tmp_path / "ref", "old")
 
         def full(path: Path, _: bytes) -> None:
             path.touch()
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("weightferry.cache.links.write_new", full)
+        monkeypatch.setattr("weightferry.cache.atomic.write_new", full)
         with pytest.raises(OSError, match="No space"):
-            write_whole(tmp_path / "ref", "new")
+            write_atomically(tmp_path / "ref", "new")
         assert (tmp_path / "ref").read_text() == "old"
         assert len(list(tmp_path.iterdir())) == 1
 
@@ -238,7 +238,7 @@ class TestPublishAndSurvey:
     def test_wrong_bytes_of_a_git_blob_are_not_whole(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes="git-sha1"))
         here, file = self.put(layout, manifest, b"abX")
-        assert is_whole(layout, here, file), "the size is right"
+        assert is_complete(layout, here, file), "the size is right"
         assert known_sha256(layout, here, file) is None
         assert surveyed(layout, manifest).whole == {}
         self.put(layout, manifest, b"abc")
@@ -277,7 +277,7 @@ class TestPublishAndSurvey:
             path.write_bytes(b"part")
         for path in (old, theirs):
             os.utime(path, (time.time() - 100, time.time() - 100))
-        sweep(layout, (), 50, Exclusion())
+        sweep(layout, (), 50, LockSupport())
         assert not old.exists()
         assert new.exists()
         assert not theirs.exists(), "nobody may ever want that file again"
@@ -313,7 +313,7 @@ def test_after_a_crash_of_the_machine_a_note_means_nothing(
     blob.write_bytes(b"abc")
     note_verified(layout, here, file)
     assert is_verified(layout, here, file)
-    monkeypatch.setattr(verified, "boot_id", lambda: "the next kernel")
+    monkeypatch.setattr(verified_notes, "boot_id", lambda: "the next kernel")
     assert not is_verified(layout, here, file)
 
 

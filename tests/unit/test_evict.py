@@ -19,15 +19,15 @@ import pytest
 from click.testing import CliRunner
 
 from tests.conftest import need
-from weightferry.cache import pins, space
+from weightferry.cache import space, usage
 from weightferry.cache.evict import evict, remove_source
 from weightferry.cache.inventory import inventory, total
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks, Patience
-from weightferry.cache.pins import alone, one_at_a_time, use
+from weightferry.cache.locks import FileLocks, LockTimeouts
+from weightferry.cache.partial_cleanup import unfinished
 from weightferry.cache.space import check_space, make_room
-from weightferry.cache.survey import Surveyor
-from weightferry.cache.unfinished import unfinished
+from weightferry.cache.survey import CacheSurveyor
+from weightferry.cache.usage import alone, serialized, use
 from weightferry.cache.verify import verify
 from weightferry.cli import main
 from weightferry.errors import NoSpace, Stalled
@@ -72,7 +72,7 @@ class Cache:
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
     yield Cache(tmp_path / "cache")
-    pins.forget()
+    usage.forget()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_what_this_process_uses_stays(three: Cache) -> None:
     use(three.layout.used_lock("models--org--a"), lambda: None)
     assert [one.source for one in evict(three.layout, 0)] == ["org/b", "org/c"]
     assert three.names() == ["org/a@1"]
-    pins.forget()
+    usage.forget()
     evict(three.layout, 0)
     assert three.names() == []
 
@@ -130,7 +130,7 @@ def test_what_this_process_uses_stays(three: Cache) -> None:
 def test_a_pin_dies_with_its_process(three: Cache) -> None:
     lock = three.layout.used_lock("models--org--b")
     code = (
-        "import time; from pathlib import Path; from weightferry.cache.pins import use\n"
+        "import time; from pathlib import Path; from weightferry.cache.usage import use\n"
         f"use(Path({str(lock)!r}), lambda: None); print(flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
@@ -162,7 +162,7 @@ def test_an_eviction_that_is_never_over(three: Cache) -> None:
     """A stopped process: whoever wants the source does not wait for ever, and is told who that is."""
     with alone(three.layout.used_lock("models--org--a")), pytest.raises(Stalled, match=f"by process {os.getpid()}"):
         use(three.layout.used_lock("models--org--a"), lambda: None, 0.2)
-    with alone(three.layout.space_lock), one_at_a_time(three.layout.space_lock, lambda: None, 0.2):
+    with alone(three.layout.space_lock), serialized(three.layout.space_lock, lambda: None, 0.2):
         pass
 
 
@@ -173,10 +173,10 @@ def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:
     assert not list(three.layout.hub.glob(".trash*"))
 
 
-def wanting(layout: CacheLayout, *files: File) -> tuple[Surveyor, list[tuple[Pinned, File]]]:
+def wanting(layout: CacheLayout, *files: File) -> tuple[CacheSurveyor, list[tuple[Pinned, File]]]:
     """A leader that has surveyed a cache which lacks these files of a new source."""
-    surveyor = Surveyor(
-        layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), Locks(Patience(5), lambda: None)
+    surveyor = CacheSurveyor(
+        layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), FileLocks(LockTimeouts(5), lambda: None)
     )
     surveyor.survey()
     return surveyor, surveyor.files
@@ -210,7 +210,7 @@ class TestRoom:
             self.make(three, Settings(max_size=4 * KB))
         assert total(three.layout) == 3 * KB
 
-    def refused_beside(self, cache: Cache, *files: File) -> tuple[Surveyor, list[tuple[Pinned, File]]]:
+    def refused_beside(self, cache: Cache, *files: File) -> tuple[CacheSurveyor, list[tuple[Pinned, File]]]:
         """While one job brings 3 MB, another one has no room for as much; return that one."""
         first, lacking = wanting(cache.layout, *files)
         make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_hub_server_wire import RESOLVE, ask
+from tests.unit.test_hub_server_wire import RESOLVE, request
 from weightferry.testing.hub import HubOptions, HubServer
 
 HUGE = 10_000_000_000
@@ -25,15 +25,15 @@ def root(tmp_path: Path) -> Path:
 
 
 def published(hub: HubServer) -> str:
-    return ask(f"{hub.url}{RESOLVE}huge.bin", "HEAD").headers["X-Linked-ETag"].strip('"')
+    return request(f"{hub.url}{RESOLVE}huge.bin", "HEAD").headers["X-Linked-ETag"].strip('"')
 
 
 def test_a_repository_that_is_added(root: Path) -> None:
     with HubServer() as hub:
         hub.add_repo("org/model", root / "org/model", sha256s={"huge.bin": GIVEN})
         assert published(hub) == GIVEN
-        where = ask(f"{hub.url}{RESOLVE}huge.bin").headers["Location"]
-        assert ask(where, Range=f"bytes={HUGE - 5}-").body == bytes(5)
+        where = request(f"{hub.url}{RESOLVE}huge.bin").headers["Location"]
+        assert request(where, Range=f"bytes={HUGE - 5}-").body == bytes(5)
 
 
 def test_a_root(root: Path) -> None:
@@ -52,7 +52,7 @@ def test_the_command(root: Path) -> None:
     with subprocess.Popen([*command, "--xet"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        headers = ask(f"{url}{RESOLVE}huge.bin", "HEAD").headers
+        headers = request(f"{url}{RESOLVE}huge.bin", "HEAD").headers
         assert headers["X-Linked-ETag"] == f'"{GIVEN}"'
         assert "X-Xet-Hash" in headers
         process.terminate()

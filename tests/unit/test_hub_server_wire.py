@@ -33,7 +33,7 @@ class Reply:
     body: bytes
 
 
-def ask(url: str, method: str = "GET", timeout: float = 10, body: str | None = None, **headers: str) -> Reply:
+def request(url: str, method: str = "GET", timeout: float = 10, body: str | None = None, **headers: str) -> Reply:
     """Make one request, follow nothing; underscores in names of headers stand for hyphens."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=timeout)
@@ -54,7 +54,7 @@ def hub() -> Iterator[HubServer]:
 
 
 def link(hub: HubServer, path: str = "model.safetensors") -> str:
-    location = ask(f"{hub.url}{RESOLVE}{path}", "HEAD").headers["Location"]
+    location = request(f"{hub.url}{RESOLVE}{path}", "HEAD").headers["Location"]
     hub.reset()
     return location if location.startswith("http") else hub.url + location
 
@@ -72,35 +72,35 @@ class TestRanges:
         ],
     )
     def test_part(self, hub: HubServer, wanted: str, start: int, stop: int) -> None:
-        reply = ask(link(hub), Range=f"bytes={wanted}")
+        reply = request(link(hub), Range=f"bytes={wanted}")
         assert (reply.status, reply.body) == (206, WEIGHTS[start:stop])
         assert reply.headers["Content-Range"] == f"bytes {start}-{stop - 1}/200000"
         assert [(r.range, r.body_bytes) for r in hub.requests] == [(f"bytes={wanted}", stop - start)]
 
     @pytest.mark.parametrize("wanted", ["200000-", "300000-300001", "-0"])
     def test_nothing_there(self, hub: HubServer, wanted: str) -> None:
-        reply = ask(link(hub), Range=f"bytes={wanted}")
+        reply = request(link(hub), Range=f"bytes={wanted}")
         assert (reply.status, reply.headers["Content-Range"]) == (416, "bytes */200000")
         assert hub.content_bytes() == 0
 
     @pytest.mark.parametrize("wanted", ["bytes=5-2", "bytes=-", "bytes=0-1,5-6", "lines=1-2", "bytes=a-b"])
     def test_not_understood(self, hub: HubServer, wanted: str) -> None:
-        assert ask(link(hub), Range=wanted).body == WEIGHTS
+        assert request(link(hub), Range=wanted).body == WEIGHTS
 
     def test_of_a_small_file(self, hub: HubServer) -> None:
-        assert ask(link(hub, "config.json"), Range="bytes=2-4").body == b"234"
+        assert request(link(hub, "config.json"), Range="bytes=2-4").body == b"234"
 
     def test_if_range(self, hub: HubServer) -> None:
         url = link(hub)
-        etag = ask(url, "HEAD").headers["ETag"]
-        assert ask(url, Range="bytes=0-9", If_Range=etag).status == 206
-        assert ask(url, Range="bytes=0-9", If_Range='"other"').status == 200
-        assert ask(url, Range="bytes=0-9", If_Range="Wed, 21 Oct 2015 07:28:00 GMT").status == 200
+        etag = request(url, "HEAD").headers["ETag"]
+        assert request(url, Range="bytes=0-9", If_Range=etag).status == 206
+        assert request(url, Range="bytes=0-9", If_Range='"other"').status == 200
+        assert request(url, Range="bytes=0-9", If_Range="Wed, 21 Oct 2015 07:28:00 GMT").status == 200
 
     def test_if_none_match(self, hub: HubServer) -> None:
         for url in (link(hub), link(hub, "config.json"), f"{hub.url}{RESOLVE}config.json"):
-            etag = ask(url, "HEAD").headers.get("ETag") or ask(url, "HEAD").headers["X-Linked-ETag"]
-            reply = ask(url, If_None_Match=f'"x", {etag}')
+            etag = request(url, "HEAD").headers.get("ETag") or request(url, "HEAD").headers["X-Linked-ETag"]
+            reply = request(url, If_None_Match=f'"x", {etag}')
             assert (reply.status, reply.body) == (304, b"")
 
     def test_many_requests_on_one_connection(self, hub: HubServer) -> None:
@@ -118,7 +118,7 @@ class TestRanges:
 
 class TestResolve:
     def test_headers_of_an_lfs_file(self, hub: HubServer) -> None:
-        reply = ask(f"{hub.url}{RESOLVE}model.safetensors", "HEAD")
+        reply = request(f"{hub.url}{RESOLVE}model.safetensors", "HEAD")
         assert reply.status == 302
         assert reply.headers["X-Repo-Commit"] == hub.commit("org/model")
         assert reply.headers["X-Linked-Size"] == "200000"
@@ -127,26 +127,28 @@ class TestResolve:
         assert urlsplit(hub.cdn_url).hostname != urlsplit(hub.url).hostname, "not every release looks at ports"
         assert "X-Xet-Hash" not in reply.headers
         # The CDN's own ETag looks alike and is not the file's.
-        assert ask(reply.headers["Location"], "HEAD").headers["ETag"] != reply.headers["X-Linked-ETag"]
+        assert request(reply.headers["Location"], "HEAD").headers["ETag"] != reply.headers["X-Linked-ETag"]
 
     def test_headers_of_a_small_file(self, hub: HubServer) -> None:
-        reply = ask(f"{hub.url}{RESOLVE}config.json", "HEAD")
+        reply = request(f"{hub.url}{RESOLVE}config.json", "HEAD")
         assert reply.status == 307
         assert reply.headers["Location"].startswith("/api/resolve-cache/models/org/model/")
         assert "X-Linked-Size" not in reply.headers
         assert int(reply.headers["Content-Length"]) != 10
-        reply = ask(hub.url + reply.headers["Location"], "HEAD")
+        reply = request(hub.url + reply.headers["Location"], "HEAD")
         assert (reply.status, reply.headers["Content-Length"]) == (200, "10")
 
     def test_a_get_is_a_redirect_and_no_content(self, hub: HubServer) -> None:
-        reply = ask(f"{hub.url}{RESOLVE}model.safetensors")
+        reply = request(f"{hub.url}{RESOLVE}model.safetensors")
         assert [(r.kind, r.status, r.body_bytes) for r in hub.requests] == [("redirect", 302, len(reply.body))]
         assert hub.content_bytes() == 0
 
     def test_what_is_in_lfs(self, hub: HubServer) -> None:
         with HubServer(options=HubOptions(lfs_threshold=100)) as small:
             small.add_repo("org/model", {"a.txt": b"1" * 100, "b.txt": b"1" * 99, "c.BIN": b"1"})
-            statuses = {name: ask(f"{small.url}{RESOLVE}{name}", "HEAD").status for name in ("a.txt", "b.txt", "c.BIN")}
+            statuses = {
+                name: request(f"{small.url}{RESOLVE}{name}", "HEAD").status for name in ("a.txt", "b.txt", "c.BIN")
+            }
         assert statuses == {"a.txt": 302, "b.txt": 307, "c.BIN": 302}
 
     @pytest.mark.parametrize(
@@ -170,21 +172,22 @@ class TestResolve:
         (tmp_path / "x").mkdir()
         (tmp_path / "x/secret").write_text("secret")
         with HubServer(tmp_path / "root") as hub:
-            reply = ask(hub.url + path)
+            reply = request(hub.url + path)
         assert reply.status in (401, 404)
 
     def test_unknown_paths_and_methods(self, hub: HubServer) -> None:
-        assert ask(f"{hub.url}/blog").status == 404
-        assert ask(f"{hub.url}/api/models/org/model/nothing").status == 404
-        assert ask(f"{hub.url}/api/models/org/model", "DELETE").status == 405
-        assert ask(f"{hub.url}/api/models/org/model/paths-info/main", "POST", body="[1").status == 200
+        assert request(f"{hub.url}/blog").status == 404
+        assert request(f"{hub.url}/api/models/org/model/nothing").status == 404
+        assert request(f"{hub.url}/api/models/org/model", "DELETE").status == 405
+        assert request(f"{hub.url}/api/models/org/model/paths-info/main", "POST", body="[1").status == 200
         assert (
-            ask(f"{hub.url}/api/models/org/model/paths-info/main", "POST", body="[1", Content_Type="json").status == 400
+            request(f"{hub.url}/api/models/org/model/paths-info/main", "POST", body="[1", Content_Type="json").status
+            == 400
         )
         assert [r.kind for r in hub.requests] == ["other", "other", "metadata", "metadata", "metadata"]
 
     def test_errors_have_a_code_and_a_text(self, hub: HubServer) -> None:
-        reply = ask(f"{hub.url}{RESOLVE}missing.json")
+        reply = request(f"{hub.url}{RESOLVE}missing.json")
         assert (reply.status, reply.headers["X-Error-Code"]) == (404, "EntryNotFound")
         assert reply.headers["X-Error-Message"] == json.loads(reply.body)["error"] == "Entry not found"
         assert reply.headers["X-Repo-Commit"] == hub.commit("org/model")
@@ -192,7 +195,7 @@ class TestResolve:
 
 class TestCdn:
     def test_a_token_is_refused_and_seen(self, hub: HubServer) -> None:
-        reply = ask(link(hub), Authorization="Bearer hf_secret")
+        reply = request(link(hub), Authorization="Bearer hf_secret")
         assert reply.status == 400
         assert [(r.side, r.had_authorization) for r in hub.requests] == [("cdn", True)]
         assert hub.content_bytes() == 0
@@ -200,16 +203,16 @@ class TestCdn:
     def test_links_expire(self) -> None:
         with HubServer(options=HubOptions(link_lifetime=0)) as hub:
             hub.add_repo("org/model", FILES)
-            reply = ask(link(hub))
+            reply = request(link(hub))
         assert (reply.status, b"expired" in reply.body) == (403, True)
 
     def test_links_cannot_be_made_up(self, hub: HubServer) -> None:
         url = link(hub)
-        assert ask(url.partition("?")[0]).status == 403
-        assert ask(url.replace("model.safetensors", "config.json")).status == 403
+        assert request(url.partition("?")[0]).status == 403
+        assert request(url.replace("model.safetensors", "config.json")).status == 403
         expires = url.partition("Expires=")[2].partition("&")[0]
-        assert ask(url.replace(expires, str(int(expires) + 1))).status == 403
-        assert ask(url.replace("/repos/", "/other/")).status == 404
+        assert request(url.replace(expires, str(int(expires) + 1))).status == 403
+        assert request(url.replace("/repos/", "/other/")).status == 404
 
     def test_a_large_sparse_file(self, tmp_path: Path) -> None:
         (tmp_path / "org/model").mkdir(parents=True)
@@ -217,34 +220,34 @@ class TestCdn:
             file.seek(300 << 20)
             file.write(b"end")
         with HubServer(tmp_path) as hub:
-            assert ask(link(hub, "model.bin"), Range="bytes=-5").body == b"\0\0end"
+            assert request(link(hub, "model.bin"), Range="bytes=-5").body == b"\0\0end"
 
 
 class TestFaults:
     def test_status(self, hub: HubServer) -> None:
         hub.faults.add(Fault(status=429, method="HEAD", times=2, headers={"Retry-After": "7"}))
         url = f"{hub.url}{RESOLVE}config.json"
-        assert ask(url).status == 307
-        reply = ask(url, "HEAD")
+        assert request(url).status == 307
+        reply = request(url, "HEAD")
         assert (reply.status, reply.headers["Retry-After"]) == (429, "7")
         assert [fault.times for fault in hub.faults.left] == [1]
-        assert [ask(url, "HEAD").status for _ in range(2)] == [429, 307]
+        assert [request(url, "HEAD").status for _ in range(2)] == [429, 307]
 
     def test_for_ever_until_cleared(self, hub: HubServer) -> None:
         hub.faults.add(Fault(status=500, path_suffix=".json", times=None))
         url = f"{hub.url}{RESOLVE}config.json"
-        assert [ask(url).status for _ in range(3)] == [500] * 3
+        assert [request(url).status for _ in range(3)] == [500] * 3
         hub.faults.clear()
-        assert ask(url).status == 307
+        assert request(url).status == 307
 
     def test_cut_by_an_orderly_close(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(cut_after=1_000))
         with pytest.raises(http.client.IncompleteRead) as caught:
-            ask(url)
+            request(url)
         assert caught.value.partial == WEIGHTS[:1_000]
         assert hub.content_bytes() == 1_000
-        assert ask(url).body == WEIGHTS
+        assert request(url).body == WEIGHTS
 
     def test_cut_by_a_reset(self, hub: HubServer) -> None:
         parts = urlsplit(link(hub))
@@ -262,58 +265,58 @@ class TestFaults:
         hub.faults.add(Fault(hang_up=True), Fault(hang_up=True, reset=True))
         url = f"{hub.url}{RESOLVE}config.json"
         with pytest.raises(http.client.RemoteDisconnected):
-            ask(url)
+            request(url)
         with pytest.raises(ConnectionResetError):
-            ask(url)
+            request(url)
         assert [r.status for r in hub.requests] == [0, 0]
 
     def test_silence_in_the_body(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(silent_after=10))
         with pytest.raises(TimeoutError):
-            ask(url, timeout=0.2)
+            request(url, timeout=0.2)
         assert hub.content_bytes() == 10
 
     def test_late_and_never(self, hub: HubServer) -> None:
         hub.faults.add(Fault(delay=0.2), Fault(delay=math.inf))
         url = f"{hub.url}{RESOLVE}config.json"
         begun = time.monotonic()
-        assert ask(url).status == 307
+        assert request(url).status == 307
         assert time.monotonic() - begun >= 0.2
         with pytest.raises(TimeoutError):
-            ask(url, timeout=0.1)
+            request(url, timeout=0.1)
 
     def test_damage_waits_for_its_byte(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(corrupt_at=150_000))
-        assert ask(url, Range="bytes=0-99999").body == WEIGHTS[:100_000]
+        assert request(url, Range="bytes=0-99999").body == WEIGHTS[:100_000]
         damaged = bytearray(WEIGHTS)
         damaged[150_000] ^= 0xFF
-        assert ask(url, Range="bytes=100000-").body == bytes(damaged[100_000:])
-        assert ask(url).body == WEIGHTS
+        assert request(url, Range="bytes=100000-").body == bytes(damaged[100_000:])
+        assert request(url).body == WEIGHTS
 
     def test_slow(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(bytes_per_second=400_000))
         begun = time.monotonic()
-        assert ask(url).body == WEIGHTS
+        assert request(url).body == WEIGHTS
         assert time.monotonic() - begun > 0.4
 
     def test_ignored_range(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(ignore_range=True))
-        assert ask(url).status == 200
+        assert request(url).status == 200
         assert len(hub.faults.left) == 1
-        reply = ask(url, Range="bytes=10-19")
+        reply = request(url, Range="bytes=10-19")
         assert (reply.status, reply.body) == (200, WEIGHTS)
-        assert ask(url, Range="bytes=10-19").status == 206
+        assert request(url, Range="bytes=10-19").status == 206
 
     def test_chunks(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(chunked=True, times=None), Fault(corrupt_at=0), Fault(cut_after=1))
         with pytest.raises(http.client.IncompleteRead):
-            ask(url)
-        reply = ask(url)
+            request(url)
+        reply = request(url)
         assert reply.body == WEIGHTS
         assert "Content-Length" not in reply.headers
         assert hub.content_bytes() == 200_001
@@ -323,13 +326,13 @@ class TestFaults:
         hub.faults.add(Fault(bytes_per_second=1e6, times=None), Fault(cut_after=500), Fault(silent_after=700))
         hub.faults.add(Fault(status=500), Fault(delay=0.1))
         begun = time.monotonic()
-        assert ask(url).status == 500
+        assert request(url).status == 500
         assert time.monotonic() - begun >= 0.1
         with pytest.raises(http.client.IncompleteRead) as caught:
-            ask(url)
+            request(url)
         assert len(caught.value.partial) == 500
         with pytest.raises(TimeoutError):
-            ask(url, timeout=0.1)
+            request(url, timeout=0.1)
         assert hub.content_bytes() == 1_200
         assert [fault.bytes_per_second for fault in hub.faults.left] == [1e6]
 
@@ -346,13 +349,13 @@ class TestEnd:
         with HubServer(bytes_per_second_per_connection=400_000) as hub:
             hub.add_repo("org/model", FILES)
             begun = time.monotonic()
-            assert ask(link(hub)).body == WEIGHTS
+            assert request(link(hub)).body == WEIGHTS
             assert time.monotonic() - begun > 0.4
 
     def test_close_ends_threads_and_connections(self, hub: HubServer) -> None:
         before = set(threading.enumerate()) - {t for t in threading.enumerate() if t.name.startswith(("hub", "cdn"))}
         hub.add_repo("org/big", {"big.bin": bytes(30 << 20)})
-        url, big = link(hub), ask(f"{hub.url}/org/big/resolve/main/big.bin").headers["Location"]
+        url, big = link(hub), request(f"{hub.url}/org/big/resolve/main/big.bin").headers["Location"]
         hub.reset()
         hub.faults.add(Fault(silent_after=5, path_suffix="model.safetensors", method="GET"))
         hub.faults.add(Fault(delay=math.inf, method="HEAD"))
@@ -374,7 +377,7 @@ class TestEnd:
         assert set(threading.enumerate()) <= before
         for address in (hub.url, hub.cdn_url):
             with pytest.raises(ConnectionRefusedError):
-                ask(address)
+                request(address)
 
     def test_a_port_that_is_taken(self, hub: HubServer) -> None:
         port = urlsplit(hub.cdn_url).port or 0
@@ -394,10 +397,10 @@ class TestEnd:
             assert process.stdout is not None
             assert process.stderr is not None
             url = process.stdout.readline().decode().strip()
-            assert ask(f"{url}{RESOLVE}model.bin").status == 401
-            where = ask(f"{url}{RESOLVE}model.bin", Authorization="Bearer hf_a").headers["Location"]
-            assert ask(where).body == WEIGHTS
-            stats = json.loads(ask(f"{url}/-/stats").body)
+            assert request(f"{url}{RESOLVE}model.bin").status == 401
+            where = request(f"{url}{RESOLVE}model.bin", Authorization="Bearer hf_a").headers["Location"]
+            assert request(where).body == WEIGHTS
+            stats = json.loads(request(f"{url}/-/stats").body)
             assert stats == {
                 "requests": {"metadata": 0, "redirect": 2, "content": 1, "other": 0},
                 "statuses": {"200": 1, "302": 1, "401": 1},
@@ -405,9 +408,9 @@ class TestEnd:
                 "content_bytes_by_file": {"org/model/model.bin": 200_000},
                 "authorization_at_cdn": 0,
             }
-            assert ask(f"{url}/-/reset").status == 405
-            assert ask(f"{url}/-/reset", "POST").status == 200
-            assert json.loads(ask(f"{url}/-/stats").body)["content_bytes"] == 0
+            assert request(f"{url}/-/reset").status == 405
+            assert request(f"{url}/-/reset", "POST").status == 200
+            assert json.loads(request(f"{url}/-/stats").body)["content_bytes"] == 0
             process.send_signal(number)
             assert process.wait(10) == 0
             assert process.stderr.read() == b""
@@ -420,7 +423,7 @@ def _connect(url: str) -> socket.socket:
 
 def _endure(url: str, method: str) -> None:
     with pytest.raises((OSError, http.client.HTTPException)):
-        ask(url, method)
+        request(url, method)
 
 
 def _until(true: Callable[[], bool], seconds: float = 5) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_hub_server_wire import RESOLVE, ask
+from tests.unit.test_hub_server_wire import RESOLVE, request
 from weightferry.testing.hub import HubOptions, HubServer
 
 CHUNK = 1 << 16
@@ -25,7 +25,7 @@ def hub() -> Iterator[HubServer]:
 
 def announced(hub: HubServer) -> tuple[str, str]:
     """Return the name of the file in the storage, and where its token comes from."""
-    headers = ask(f"{hub.url}{RESOLVE}model.safetensors", "HEAD").headers
+    headers = request(f"{hub.url}{RESOLVE}model.safetensors", "HEAD").headers
     route, _, rel = headers["Link"].partition(";")
     assert rel.strip() == 'rel="xet-auth"'
     return headers["X-Xet-Hash"], route.strip("<>")
@@ -33,14 +33,14 @@ def announced(hub: HubServer) -> tuple[str, str]:
 
 def reconstruction(hub: HubServer, wanted: str = "bytes=0-") -> Any:
     name, route = announced(hub)
-    given = json.loads(ask(route).body)
+    given = json.loads(request(route).body)
     token = f"Bearer {given['accessToken']}"
-    reply = ask(f"{given['casUrl']}/v1/reconstructions/{name}", Authorization=token, Range=wanted)
+    reply = request(f"{given['casUrl']}/v1/reconstructions/{name}", Authorization=token, Range=wanted)
     return json.loads(reply.body) if reply.status == 200 else reply.status
 
 
 def test_only_files_in_lfs_are_there(hub: HubServer) -> None:
-    assert "X-Xet-Hash" not in ask(f"{hub.url}{RESOLVE}config.json", "HEAD").headers
+    assert "X-Xet-Hash" not in request(f"{hub.url}{RESOLVE}config.json", "HEAD").headers
     assert len(announced(hub)[0]) == 64
 
 
@@ -51,7 +51,7 @@ def test_terms_and_blocks_make_the_range(hub: HubServer, start: int, stop: int) 
     for term in told["terms"]:
         (block,) = told["fetch_info"][term["hash"]]
         assert block["range"] == term["range"]
-        reply = ask(block["url"], Range="bytes={start}-{end}".format(**block["url_range"]))
+        reply = request(block["url"], Range="bytes={start}-{end}".format(**block["url_range"]))
         assert reply.status == 206
         chunks = unpacked(reply.body)
         assert len(chunks) == term["range"]["end"] - term["range"]["start"]
@@ -78,25 +78,25 @@ def test_a_range_beyond_the_end(hub: HubServer) -> None:
 
 def test_who_may_read(hub: HubServer) -> None:
     name, route = announced(hub)
-    assert ask(f"{hub.cdn_url}/v1/reconstructions/{name}").status == 401
-    assert ask(f"{hub.cdn_url}/v1/reconstructions/{name}", Authorization="Bearer other").status == 401
-    assert ask(f"{hub.cdn_url}/xet/{name}/0").status == 403
+    assert request(f"{hub.cdn_url}/v1/reconstructions/{name}").status == 401
+    assert request(f"{hub.cdn_url}/v1/reconstructions/{name}", Authorization="Bearer other").status == 401
+    assert request(f"{hub.cdn_url}/xet/{name}/0").status == 403
     hub.add_repo("org/model", {"model.safetensors": WEIGHTS}, gated=True, allowed_tokens=["hf_good"])
-    assert ask(route).status == 401
-    assert ask(route, Authorization="Bearer hf_good").status == 200
+    assert request(route).status == 401
+    assert request(route, Authorization="Bearer hf_good").status == 200
 
 
 def test_links_end_here_too(hub: HubServer) -> None:
     told = reconstruction(hub)
     ((block,),) = told["fetch_info"].values()
-    assert unpacked(ask(block["url"]).body)[0] == WEIGHTS[:CHUNK]
+    assert unpacked(request(block["url"]).body)[0] == WEIGHTS[:CHUNK]
     hub.expire_links()
-    assert ask(block["url"]).status == 403
+    assert request(block["url"]).status == 403
 
 
 def test_what_is_not_there(hub: HubServer) -> None:
-    assert ask(f"{hub.cdn_url}/v2/reconstructions/{announced(hub)[0]}").status == 404
+    assert request(f"{hub.cdn_url}/v2/reconstructions/{announced(hub)[0]}").status == 404
     with HubServer() as without:
         without.add_repo("org/model", {"model.safetensors": WEIGHTS})
-        assert ask(f"{without.url}/api/models/org/model/xet-read-token/main").status == 404
-        assert "X-Xet-Hash" not in ask(f"{without.url}{RESOLVE}model.safetensors", "HEAD").headers
+        assert request(f"{without.url}/api/models/org/model/xet-read-token/main").status == 404
+        assert "X-Xet-Hash" not in request(f"{without.url}{RESOLVE}model.safetensors", "HEAD").headers

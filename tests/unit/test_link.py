@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.unit.doubles import FakeWatch, manifest_of
+from tests.unit.doubles import FakeMonitor, manifest_of
 from weightferry.cache.layout import CacheLayout
-from weightferry.cluster.agree import Wish
 from weightferry.errors import CollectError, IntegrityError, SourceNotFound
-from weightferry.link import Shown, Sight, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.origins.base import origin_for
-from weightferry.origins.resolve import Found, Resolved, resolve
+from weightferry.origins.pin_sources import RequestedFiles, Resolution, resolve
+from weightferry.phases.agree import RankRequest
+from weightferry.phases.link import LinkPlan, VisibilityCheck, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin
 
 
@@ -30,14 +30,16 @@ class Local:
             (self.source / path).parent.mkdir(parents=True, exist_ok=True)
             (self.source / path).write_bytes(content)
 
-    def show(self, into: Path | None = None, suffix: str | None = None, **asks: Ask) -> tuple[Shown, Resolved]:
-        resolved = resolve(list(asks.values()), self.settings, FakeWatch(), origin_for)
-        return Shown.of(Wish(asks, into, suffix), resolved, self.layout), resolved
+    def show(
+        self, into: Path | None = None, suffix: str | None = None, **requests: SourceRequest
+    ) -> tuple[LinkPlan, Resolution]:
+        resolved = resolve(list(requests.values()), self.settings, FakeMonitor(), origin_for)
+        return LinkPlan.of(RankRequest(requests, into, suffix), resolved, self.layout), resolved
 
-    def link(self, into: Path | None = None, suffix: str | None = None, **asks: Ask) -> dict[str, Path]:
-        shown, resolved = self.show(into, suffix, **asks)
+    def link(self, into: Path | None = None, suffix: str | None = None, **requests: SourceRequest) -> dict[str, Path]:
+        shown, resolved = self.show(into, suffix, **requests)
         make_links(shown)
-        check_readable(shown, resolved, Sight())
+        check_readable(shown, resolved, VisibilityCheck())
         return dict(shown.paths)
 
 
@@ -48,41 +50,47 @@ def local(tmp_path: Path, settings: Settings, layout: CacheLayout) -> Local:
 
 class TestPaths:
     def test_no_links(self, local: Local) -> None:
-        paths = local.link(x=Ask.of(local.source, "sub/b.ckpt"), y=Ask.of(local.source), z=Ask.of(local.source, "sub"))
+        paths = local.link(
+            x=SourceRequest.of(local.source, "sub/b.ckpt"),
+            y=SourceRequest.of(local.source),
+            z=SourceRequest.of(local.source, "sub"),
+        )
         assert paths == {"x": local.source / "sub/b.ckpt", "y": local.source, "z": local.source / "sub"}
 
     def test_named_links(self, local: Local) -> None:
-        paths = local.link(local.into, ".ckpt", x=Ask.of(local.source, "sub/b.ckpt"), y=Ask.of(local.source, "sub"))
+        paths = local.link(
+            local.into, ".ckpt", x=SourceRequest.of(local.source, "sub/b.ckpt"), y=SourceRequest.of(local.source, "sub")
+        )
         assert paths == {"x": local.into / "x.ckpt", "y": local.into / "y.ckpt"}
         assert os.readlink(paths["x"]) == str(local.source / "sub/b.ckpt")
         assert (paths["y"] / "deep/c.bin").read_bytes() == b"c"
 
     def test_a_folders_files_under_their_own_paths(self, local: Local) -> None:
-        assert local.link(local.into, x=Ask.of(local.source)) == {"x": local.into}
+        assert local.link(local.into, x=SourceRequest.of(local.source)) == {"x": local.into}
         assert (local.into / "sub/deep/c.bin").is_symlink()
         assert not (local.into / "sub").is_symlink()
-        local.link(local.into, x=Ask.of(local.source, "sub"))
+        local.link(local.into, x=SourceRequest.of(local.source, "sub"))
         assert (local.into / "deep/c.bin").read_bytes() == b"c"
 
     def test_a_single_file_under_its_name(self, local: Local) -> None:
-        assert local.link(local.into, x=Ask.of(local.source, "sub/b.ckpt")) == {"x": local.into / "b.ckpt"}
-        assert local.link(local.into, x=Ask.of(local.source / "a.ckpt")) == {"x": local.into / "a.ckpt"}
+        assert local.link(local.into, x=SourceRequest.of(local.source, "sub/b.ckpt")) == {"x": local.into / "b.ckpt"}
+        assert local.link(local.into, x=SourceRequest.of(local.source / "a.ckpt")) == {"x": local.into / "a.ckpt"}
         assert sorted(path.name for path in local.into.iterdir()) == ["a.ckpt", "b.ckpt"]
 
     def test_one_file_under_two_names(self, local: Local) -> None:
-        ask = Ask.of(local.source, "a.ckpt")
-        paths = local.link(local.into, ".ckpt", x=ask, y=ask)
+        request = SourceRequest.of(local.source, "a.ckpt")
+        paths = local.link(local.into, ".ckpt", x=request, y=request)
         assert paths["x"].read_bytes() == paths["y"].read_bytes() == b"aaa"
 
 
 class TestExisting:
     def test_only_what_differs_is_replaced(self, local: Local) -> None:
-        asks = {"x": Ask.of(local.source, "a.ckpt"), "y": Ask.of(local.source, "sub/b.ckpt")}
-        paths = local.link(local.into, ".ckpt", **asks)
+        requests = {"x": SourceRequest.of(local.source, "a.ckpt"), "y": SourceRequest.of(local.source, "sub/b.ckpt")}
+        paths = local.link(local.into, ".ckpt", **requests)
         before = {name: path.lstat().st_ino for name, path in paths.items()}
         paths["y"].unlink()
         paths["y"].symlink_to("elsewhere")
-        local.link(local.into, ".ckpt", **asks)
+        local.link(local.into, ".ckpt", **requests)
         assert paths["x"].lstat().st_ino == before["x"]
         assert paths["y"].read_bytes() == b"bbbb"
 
@@ -90,53 +98,53 @@ class TestExisting:
     def test_a_real_file_stays_when_it_is_equal(self, local: Local, content: bytes, kept: bool) -> None:
         local.into.mkdir()
         (local.into / "x.ckpt").write_bytes(content)
-        local.link(local.into, ".ckpt", x=Ask.of(local.source, "a.ckpt"))
+        local.link(local.into, ".ckpt", x=SourceRequest.of(local.source, "a.ckpt"))
         assert (local.into / "x.ckpt").is_symlink() != kept
         assert (local.into / "x.ckpt").read_bytes() == b"aaa"
 
     def test_a_source_in_the_folder_of_links_is_not_linked_to_itself(self, local: Local) -> None:
-        ask = Ask.of(local.source, "a.ckpt")
-        assert local.link(local.source, ".ckpt", a=ask)["a"].read_bytes() == b"aaa"
+        request = SourceRequest.of(local.source, "a.ckpt")
+        assert local.link(local.source, ".ckpt", a=request)["a"].read_bytes() == b"aaa"
         assert not (local.source / "a.ckpt").is_symlink()
 
     def test_nor_a_link_there_from_an_earlier_run(self, local: Local, tmp_path: Path) -> None:
-        paths = local.link(local.into, ".ckpt", x=Ask.of(local.source, "a.ckpt"))
+        paths = local.link(local.into, ".ckpt", x=SourceRequest.of(local.source, "a.ckpt"))
         (tmp_path / "alias").symlink_to(local.into)
         for folder in (local.into, tmp_path / "alias"):
-            local.link(local.into, ".ckpt", x=Ask.of(folder, "x.ckpt"))
+            local.link(local.into, ".ckpt", x=SourceRequest.of(folder, "x.ckpt"))
             assert os.readlink(paths["x"]) == str(local.source / "a.ckpt")
 
 
 class TestReadable:
     def test_every_link_is_opened(self, local: Local) -> None:
-        ask = Ask.of(local.source, "a.ckpt")
-        shown, resolved = local.show(local.into, ".ckpt", x=ask, y=ask)
+        request = SourceRequest.of(local.source, "a.ckpt")
+        shown, resolved = local.show(local.into, ".ckpt", x=request, y=request)
         make_links(shown)
         for name in "xy":
             shown.paths[name].unlink()
             with pytest.raises(SourceNotFound, match="on every node") as raised:
-                check_readable(shown, resolved, Sight())
+                check_readable(shown, resolved, VisibilityCheck())
             assert raised.value.subject == str(shown.paths[name])
             make_links(shown)
-        check_readable(shown, resolved, Sight())
+        check_readable(shown, resolved, VisibilityCheck())
 
     @pytest.mark.parametrize("into", [None, "into"])
     def test_another_size_for_this_rank(self, local: Local, into: str | None) -> None:
-        shown, resolved = local.show(local.into if into else None, x=Ask.of(local.source))
+        shown, resolved = local.show(local.into if into else None, x=SourceRequest.of(local.source))
         make_links(shown)
         (local.source / "sub/deep/c.bin").write_bytes(b"changed")
         with pytest.raises(CollectError, match="has 7 bytes for this rank, 1 were expected"):
-            check_readable(shown, resolved, Sight())
+            check_readable(shown, resolved, VisibilityCheck())
 
     def test_a_file_that_this_rank_may_not_read(self, local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-        shown, resolved = local.show(x=Ask.of(local.source, "a.ckpt"))
+        shown, resolved = local.show(x=SourceRequest.of(local.source, "a.ckpt"))
 
         def refuse(self: Path, mode: str = "r") -> None:
             raise PermissionError(13, "Permission denied", str(self), None, mode)
 
         monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(PermissionError) as raised:
-            check_readable(shown, resolved, Sight())
+            check_readable(shown, resolved, VisibilityCheck())
         assert getattr(raised.value, "_weightferry_subject", "") == str(local.source / "a.ckpt")
 
 
@@ -144,19 +152,19 @@ class TestReadBack:
     """Of what was staged, every rank reads the first block too."""
 
     @pytest.fixture
-    def staged(self, tmp_path: Path) -> tuple[Shown, Resolved, CacheLayout]:
+    def staged(self, tmp_path: Path) -> tuple[LinkPlan, Resolution, CacheLayout]:
         layout, origin = CacheLayout(tmp_path / "cache"), FakeOrigin({"m.bin": b"abc"})
-        ask = Ask.of("s3://bucket/model/m.bin")
+        request = SourceRequest.of("s3://bucket/model/m.bin")
         manifest = manifest_of(origin)
         pinned, file = next(manifest.staged())
         layout.pointer(pinned, file).parent.mkdir(parents=True)
         layout.pointer(pinned, file).write_bytes(b"abc")
-        resolved = Resolved(manifest, {ask: Found(0, "m.bin", ("m.bin",))})
-        return Shown.of(Wish({"x": ask}), resolved, layout), resolved, layout
+        resolved = Resolution(manifest, {request: RequestedFiles(0, "m.bin", ("m.bin",))})
+        return LinkPlan.of(RankRequest({"x": request}), resolved, layout), resolved, layout
 
     def test_the_beginning_counts_not_only_the_size(self, staged) -> None:
         shown, resolved, layout = staged
-        sight = Sight(first_blocks(layout, resolved.manifest))
+        sight = VisibilityCheck(first_blocks(layout, resolved.manifest))
         check_readable(shown, resolved, sight)
         shown.paths["x"].write_bytes(b"abX")
         with pytest.raises(IntegrityError, match="begins differently for this rank"):
@@ -182,7 +190,7 @@ class TestReadBack:
             return opens(path, *args, **options)
 
         monkeypatch.setattr(Path, "open", late)
-        check_readable(shown, resolved, Sight(blocks, patience=30.0))
+        check_readable(shown, resolved, VisibilityCheck(blocks, patience=30.0))
         left[0] = 1_000_000
         with pytest.raises((SourceNotFound, OSError)):
-            check_readable(shown, resolved, Sight(blocks, patience=0.1))
+            check_readable(shown, resolved, VisibilityCheck(blocks, patience=0.1))

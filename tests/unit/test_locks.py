@@ -19,17 +19,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import WeakFileLock
 
-from tests.unit.doubles import FakeWatch, Over
-from weightferry.cache.exclusion import Exclusion, exclusion
-from weightferry.cache.holder import Holder
+from tests.unit.doubles import FakeMonitor, Over
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.locks import Locks, Patience
+from weightferry.cache.lock_holder import LockHolder
+from weightferry.cache.lock_support import LockSupport, exclusion
+from weightferry.cache.locks import FileLocks, LockTimeouts
 
 HOLD = """
 import sys
 from pathlib import Path
-from weightferry.cache.locks import Locks, Patience
-locks, path = Locks(Patience(10), lambda: None), Path(sys.argv[1])
+from weightferry.cache.locks import FileLocks, LockTimeouts
+locks, path = FileLocks(LockTimeouts(10), lambda: None), Path(sys.argv[1])
 locks.wait({path})
 print(locks.held(path), flush=True)
 sys.stdin.read()
@@ -38,7 +38,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def content_lock(path: Path, timeout: float, check: Callable[[], None]) -> Iterator[bool]:
-    locks = Locks(Patience(timeout), check)
+    locks = FileLocks(LockTimeouts(timeout), check)
     try:
         locks.wait({path})
         yield locks.held(path)
@@ -58,20 +58,20 @@ def failing(number: int) -> Callable[..., None]:
     return fails
 
 
-def test_it_is_held_and_let_go(path: Path, watch: FakeWatch) -> None:
+def test_it_is_held_and_let_go(path: Path, monitor: FakeMonitor) -> None:
     for _ in range(2):
-        with content_lock(path, 1, watch.check) as held:
+        with content_lock(path, 1, monitor.check) as held:
             assert held
     assert path.exists(), "removing it would split those who wait for it"
 
 
-def test_threads_exclude_each_other(path: Path, watch: FakeWatch) -> None:
+def test_threads_exclude_each_other(path: Path, monitor: FakeMonitor) -> None:
     inside, most = 0, 0
 
     def work() -> None:
         nonlocal inside, most
         for _ in range(5):
-            with content_lock(path, 30, watch.check) as held:
+            with content_lock(path, 30, monitor.check) as held:
                 assert held
                 inside += 1
                 most = max(most, inside)
@@ -86,7 +86,7 @@ def test_threads_exclude_each_other(path: Path, watch: FakeWatch) -> None:
     assert most == 1
 
 
-def test_another_process_excludes(path: Path, watch: FakeWatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_process_excludes(path: Path, monitor: FakeMonitor, caplog: pytest.LogCaptureFixture) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)],
         stdin=subprocess.PIPE,
@@ -97,57 +97,57 @@ def test_another_process_excludes(path: Path, watch: FakeWatch, caplog: pytest.L
     with holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
-        with caplog.at_level(logging.WARNING), content_lock(path, 0.1, watch.check) as held:
+        with caplog.at_level(logging.WARNING), content_lock(path, 0.1, monitor.check) as held:
             assert not held
         assert "going on without the lock" in caplog.text
         assert f"held by process {holder.pid} on {socket.gethostname()} (job 815)" in caplog.text
         holder.kill()  # a lock must not outlive its holder
         holder.wait()
-        with content_lock(path, 10, watch.check) as held:
+        with content_lock(path, 10, monitor.check) as held:
             assert held
 
 
-def test_it_is_the_lock_of_huggingface_hub(path: Path, watch: FakeWatch) -> None:
+def test_it_is_the_lock_of_huggingface_hub(path: Path, monitor: FakeMonitor) -> None:
     path.parent.mkdir(parents=True)
-    with WeakFileLock(path), content_lock(path, 0.1, watch.check) as held:
+    with WeakFileLock(path), content_lock(path, 0.1, monitor.check) as held:
         assert not held
 
 
-def test_the_wait_ends_with_the_operation(path: Path, watch: FakeWatch) -> None:
-    watch.over = True
+def test_the_wait_ends_with_the_operation(path: Path, monitor: FakeMonitor) -> None:
+    monitor.over = True
     began = time.monotonic()
-    with content_lock(path, 60, lambda: None), pytest.raises(Over), content_lock(path, 60, watch.check):
+    with content_lock(path, 60, lambda: None), pytest.raises(Over), content_lock(path, 60, monitor.check):
         pass
     assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EIO], ids=errno.errorcode.get)
 def test_file_systems_without_locks(
-    path: Path, watch: FakeWatch, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, monitor: FakeMonitor, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
     for _ in range(2):
-        with content_lock(path, 1, watch.check) as held:
+        with content_lock(path, 1, monitor.check) as held:
             assert not held
     assert caplog.text.count("going on without the lock") == 2
     monkeypatch.undo()
     # A soft lock in its place would be a file that a killed job leaves behind, and everybody after it waits.
-    with content_lock(path, 1, watch.check) as held:
+    with content_lock(path, 1, monitor.check) as held:
         assert held
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
 def test_somebody_elses_cache(
-    path: Path, watch: FakeWatch, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, monitor: FakeMonitor, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", failing(number))
-    with content_lock(path, 1, watch.check) as held:
+    with content_lock(path, 1, monitor.check) as held:
         assert not held
     assert "going on without the lock" in caplog.text
 
 
-def test_what_others_hold_is_not_waited_for(tmp_path: Path, watch: FakeWatch) -> None:
-    first, second = Locks(Patience(60), watch.check), Locks(Patience(60), watch.check)
+def test_what_others_hold_is_not_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
+    first, second = FileLocks(LockTimeouts(60), monitor.check), FileLocks(LockTimeouts(60), monitor.check)
     a, b = tmp_path / "a.lock", tmp_path / "b.lock"
     assert first.take({a}) == set()
     assert second.take({a, b}) == {a}
@@ -160,7 +160,7 @@ def test_what_others_hold_is_not_waited_for(tmp_path: Path, watch: FakeWatch) ->
 
 def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job on two machines saw it; one on one machine, or who evicts, cannot."""
-    monkeypatch.setattr("weightferry.cache.exclusion.is_local", lambda _: False)
+    monkeypatch.setattr("weightferry.cache.lock_support.is_local", lambda _: False)
     layout = CacheLayout(tmp_path)
     assert exclusion(layout).by_flock
     assert not exclusion(layout, across=False).by_flock
@@ -169,43 +169,43 @@ def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatc
 
 class TestHolder:
     def test_a_living_process_is_not_dead(self) -> None:
-        assert not Holder.me().is_dead
-        assert not replace(Holder.me(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
+        assert not LockHolder.me().is_dead
+        assert not replace(LockHolder.me(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
 
     def test_one_that_ended_or_whose_number_another_one_has(self) -> None:
         with subprocess.Popen(["true"]) as ended:
             pass
-        assert replace(Holder.me(), pid=ended.pid).is_dead
-        assert replace(Holder.me(), started="1").is_dead
+        assert replace(LockHolder.me(), pid=ended.pid).is_dead
+        assert replace(LockHolder.me(), started="1").is_dead
 
     def test_one_that_is_hidden_from_this_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        me = Holder.me()
-        monkeypatch.setattr("weightferry.cache.holder._start_of", lambda _: "")
+        me = LockHolder.me()
+        monkeypatch.setattr("weightferry.cache.lock_holder._start_of", lambda _: "")
         assert not me.is_dead
 
     def test_a_note_is_read_as_it_was_written(self, tmp_path: Path) -> None:
-        holder = replace(Holder.me(), claims=("held-1", "intent-1"))
+        holder = replace(LockHolder.me(), claims=("held-1", "intent-1"))
         (tmp_path / "note").write_text(holder.text)
-        assert Holder.read(tmp_path / "note") == holder
+        assert LockHolder.read(tmp_path / "note") == holder
         for text in ("", "[]", "{}", '{"host": "h"}'):
             (tmp_path / "note").write_text(text)
-            assert Holder.read(tmp_path / "note") is None
+            assert LockHolder.read(tmp_path / "note") is None
 
 
-def test_only_the_claims_of_the_dead_are_broken(path: Path, watch: FakeWatch) -> None:
+def test_only_the_claims_of_the_dead_are_broken(path: Path, monitor: FakeMonitor) -> None:
     """The note that a process left which died may lie beside the claim of another one that lives."""
-    soft = Exclusion("as if", noted=True)
-    first, second = Locks(Patience(0.3), watch.check, soft), Locks(Patience(0.3), watch.check, soft)
+    soft = LockSupport("as if", noted=True)
+    first, second = FileLocks(LockTimeouts(0.3), monitor.check, soft), FileLocks(LockTimeouts(0.3), monitor.check, soft)
     first.wait({path})
-    dead = replace(Holder.me(), started="1", claims=("held-v1-0.claim",))
+    dead = replace(LockHolder.me(), started="1", claims=("held-v1-0.claim",))
     path.with_suffix(".holder").write_text(dead.text)
     assert second.take({path}) == {path}
     assert first.held(path)
     first.release()
 
 
-def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, watch: FakeWatch) -> None:
-    first, second = Locks(Patience(9), watch.check), Locks(Patience(0.5), watch.check)
+def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
+    first, second = FileLocks(LockTimeouts(9), monitor.check), FileLocks(LockTimeouts(0.5), monitor.check)
     paths = {tmp_path / f"{number}.lock" for number in range(10)}
     first.wait(paths)
     began = time.monotonic()
@@ -215,8 +215,8 @@ def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, watch: FakeWatch) 
     first.release()
 
 
-def test_errors_of_the_work_are_not_taken_for_errors_of_the_lock(path: Path, watch: FakeWatch) -> None:
-    with pytest.raises(OSError, match="disk full"), content_lock(path, 1, watch.check):
+def test_errors_of_the_work_are_not_taken_for_errors_of_the_lock(path: Path, monitor: FakeMonitor) -> None:
+    with pytest.raises(OSError, match="disk full"), content_lock(path, 1, monitor.check):
         raise OSError(errno.ENOSPC, "disk full")
-    with content_lock(path, 1, watch.check) as held:
+    with content_lock(path, 1, monitor.check) as held:
         assert held, "it was let go"

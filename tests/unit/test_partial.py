@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from weightferry.cache.extents import Extents
-from weightferry.cache.partial import Partial, Run, discard, journal_of, right_runs
+from weightferry.cache.partial import PartialFile, WrittenRange, discard, journal_of, verified_ranges
 
 SIZE = 5000
 CONTENT = random.Random(0).randbytes(SIZE)
 
 
-def run(start: int, stop: int) -> Run:
-    return Run(start, stop, zlib.crc32(CONTENT[start:stop]))
+def run(start: int, stop: int) -> WrittenRange:
+    return WrittenRange(start, stop, zlib.crc32(CONTENT[start:stop]))
 
 
 def write(path: Path, *ranges: tuple[int, int]) -> None:
-    partial = Partial(path, SIZE, "key")
+    partial = PartialFile(path, SIZE, "key")
     for start, stop in ranges:
         partial.write(start, CONTENT[start:stop])
         partial.note(run(start, stop))
@@ -60,9 +60,9 @@ class TestExtents:
 def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "key"
     write(path, (0, 1000), (3000, 4000))
-    runs = right_runs(path, SIZE, "key")
+    runs = verified_ranges(path, SIZE, "key")
     assert runs == [run(0, 1000), run(3000, 4000)]
-    again = Partial(path, SIZE, "key", runs)
+    again = PartialFile(path, SIZE, "key", runs)
     assert list(again.there) == [(0, 1000), (3000, 4000)]
     assert again.missing(0, SIZE) == [(1000, 3000), (4000, SIZE)]
     assert b"".join(map(bytes, again.read(3000, 4000))) == CONTENT[3000:4000]
@@ -70,8 +70,8 @@ def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
 
 
 def test_what_was_not_noted_is_not(tmp_path: Path) -> None:
-    Partial(tmp_path / "key", SIZE, "key").write(0, CONTENT)
-    assert right_runs(tmp_path / "key", SIZE, "key") == []
+    PartialFile(tmp_path / "key", SIZE, "key").write(0, CONTENT)
+    assert verified_ranges(tmp_path / "key", SIZE, "key") == []
 
 
 def test_it_survives_a_killed_writer(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_it_survives_a_killed_writer(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [(found.start, found.stop) for found in right_runs(path, SIZE, "key")] == [(7, 10)]
+    assert [(found.start, found.stop) for found in verified_ranges(path, SIZE, "key")] == [(7, 10)]
 
 
 @pytest.mark.parametrize("flipped", [0, 999, 3000])
@@ -96,7 +96,7 @@ def test_a_damaged_run_costs_that_run(tmp_path: Path, flipped: int) -> None:
     with path.open("r+b") as file:
         file.seek(flipped)
         file.write(bytes([CONTENT[flipped] ^ 1]))
-    assert right_runs(path, SIZE, "key") == [run(3000, 4000) if flipped < 1000 else run(0, 1000)]
+    assert verified_ranges(path, SIZE, "key") == [run(3000, 4000) if flipped < 1000 else run(0, 1000)]
 
 
 @pytest.mark.parametrize(
@@ -108,27 +108,27 @@ def test_a_lying_journal_costs_what_it_lies_about(tmp_path: Path, lie: str) -> N
     write(path, (0, 1000))
     with journal_of(path).open("a") as journal:
         journal.write(lie)  # torn: no end of line
-    assert right_runs(path, SIZE, "key") == [run(0, 1000)]
-    again = Partial(path, SIZE, "key", right_runs(path, SIZE, "key"))
+    assert verified_ranges(path, SIZE, "key") == [run(0, 1000)]
+    again = PartialFile(path, SIZE, "key", verified_ranges(path, SIZE, "key"))
     again.write(1000, CONTENT[1000:2000])
     again.note(run(1000, 2000))
-    assert right_runs(path, SIZE, "key") == [run(0, 1000), run(1000, 2000)]
+    assert verified_ranges(path, SIZE, "key") == [run(0, 1000), run(1000, 2000)]
 
 
 @pytest.mark.parametrize(("size", "content"), [(SIZE, "other"), (SIZE + 1, "key"), (None, "key")])
 def test_data_of_another_content_is_not_used(tmp_path: Path, size: int | None, content: str) -> None:
     write(tmp_path / "key", (0, 1000))
-    assert right_runs(tmp_path / "key", size, content) == []
+    assert verified_ranges(tmp_path / "key", size, content) == []
 
 
 def test_data_that_is_shorter_than_its_journal_says(tmp_path: Path) -> None:
     write(tmp_path / "key", (0, 1000), (3000, 4000))
     os.truncate(tmp_path / "key", 3500)
-    assert right_runs(tmp_path / "key", SIZE, "key") == [run(0, 1000)]
+    assert verified_ranges(tmp_path / "key", SIZE, "key") == [run(0, 1000)]
 
 
 def test_the_space_is_taken_before_the_first_byte(tmp_path: Path) -> None:
-    Partial(tmp_path / "key", 1 << 20, "key")
+    PartialFile(tmp_path / "key", 1 << 20, "key")
     assert (tmp_path / "key").stat().st_blocks * 512 >= 1 << 20
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device \(5000 bytes are needed\)"):
-        Partial(tmp_path / "key", SIZE, "key")
+        PartialFile(tmp_path / "key", SIZE, "key")
 
 
 def test_discard(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from weightferry.cache.extents import Extents
-from weightferry.cache.survey import Survey
+from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, OriginUnreachable
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, Pinned
@@ -28,7 +28,7 @@ def manifest(*sizes: int | None) -> Manifest:
     return Manifest((Pinned(SOURCE, "0" * 40, tuple(file(n, size) for n, size in enumerate(sizes))),))
 
 
-def check(made: Plan, surveys: Mapping[int, Survey]) -> None:
+def check(made: Plan, surveys: Mapping[int, DomainSurvey]) -> None:
     """Follow every piece round the ring."""
     for number, piece in enumerate(made.pieces):
         readers = [leader for leader in surveys if number in made.reads[leader]]
@@ -50,7 +50,7 @@ def test_files_of_two_sources_are_never_in_one_bundle() -> None:
     sources = [Source("hf", "org/a"), Source("https", "https://host")]
     manifest = Manifest(tuple(Pinned(source, "1" * 40, (File("x.json", 10),)) for source in sources))
     unreachable = OriginUnreachable("no way")
-    surveys = {0: Survey(unreachable={1: unreachable}), 1: Survey(unreachable={0: unreachable})}
+    surveys = {0: DomainSurvey(unreachable={1: unreachable}), 1: DomainSurvey(unreachable={0: unreachable})}
     decided = plan(manifest, surveys)
     assert [[decided.pieces[number].files for number in decided.reads[leader]] for leader in (0, 1)] == [[(0,)], [(1,)]]
 
@@ -108,71 +108,73 @@ class TestPlan:
             for n, size in enumerate(sizes):
                 if n not in whole and size and size >= SMALL and rng.random() < 0.5:
                     parts[n] = Extents([(0, rng.randrange(size)), (rng.randrange(size), size)])
-            surveys[leader] = Survey(whole, parts)
+            surveys[leader] = DomainSurvey(whole, parts)
         check(plan(manifest(*sizes), surveys), surveys)
 
     def test_parts_of_a_file_that_make_a_whole_are_not_read_again(self) -> None:
         """Wherever they begin and end."""
         size = 100 * MIB + 7
         edges = [0, 33 * MIB + 1, 66 * MIB + 4097, size]
-        surveys = {n: Survey({}, {0: Extents([span])}) for n, span in enumerate(itertools.pairwise(edges))}
-        made = plan(manifest(size), {**surveys, 3: Survey()})
+        surveys = {n: DomainSurvey({}, {0: Extents([span])}) for n, span in enumerate(itertools.pairwise(edges))}
+        made = plan(manifest(size), {**surveys, 3: DomainSurvey()})
         assert not any(made.reads.values())
         assert sum(piece.size for piece in made.pieces) == size
 
     def test_a_file_in_a_thousand_parts_is_cut_as_one(self) -> None:
         torn = Extents((start, start + 1000) for start in range(0, 64 * MIB, MIB // 16))
-        made = plan(manifest(64 * MIB), {0: Survey({}, {0: torn}), 1: Survey()})
+        made = plan(manifest(64 * MIB), {0: DomainSurvey({}, {0: torn}), 1: DomainSurvey()})
         assert len(made.pieces) == 16
 
     def test_4096_leaders(self) -> None:
-        surveys = {leader: Survey() for leader in range(4096)}
+        surveys = {leader: DomainSurvey() for leader in range(4096)}
         made = plan(manifest(2000 * MIB), surveys)
         assert sum(map(len, made.reads.values())) == len(made.pieces) == 500
 
     def test_reading_is_shared_evenly(self) -> None:
-        surveys = {leader: Survey() for leader in range(8)}
+        surveys = {leader: DomainSurvey() for leader in range(8)}
         made = plan(manifest(*[20 * MIB] * 12), surveys)
         read = [sum(made.pieces[n].size for n in made.reads[leader]) for leader in surveys]
         assert max(read) - min(read) <= 4 * MIB
 
     def test_of_a_piece_that_is_there_in_part_the_rest_is_read(self) -> None:
-        surveys = {0: Survey(), 1: Survey(parts={0: Extents([(0, 3 * MIB)])}), 2: Survey()}
+        surveys = {0: DomainSurvey(), 1: DomainSurvey(parts={0: Extents([(0, 3 * MIB)])}), 2: DomainSurvey()}
         made = plan(manifest(4 * MIB), surveys)
         assert [piece.size for piece in made.pieces] == [3 * MIB, MIB]
         assert made.reads == {0: (1,), 1: (), 2: ()}
 
     def test_in_a_torn_file_who_has_part_of_a_piece_reads_the_rest(self) -> None:
         torn = Extents((start, start + 1000) for start in range(0, 3 * MIB, 4096))
-        made = plan(manifest(4 * MIB), {0: Survey(), 1: Survey(parts={0: torn}), 2: Survey()})
+        made = plan(manifest(4 * MIB), {0: DomainSurvey(), 1: DomainSurvey(parts={0: torn}), 2: DomainSurvey()})
         assert made.reads == {0: (), 1: (0,), 2: ()}
 
     def test_thirds_make_a_whole(self) -> None:
         third = 20 * MIB
-        surveys = {n: Survey(parts={0: Extents([(n * third, (n + 1) * third)])}) for n in range(3)} | {3: Survey()}
+        surveys = {n: DomainSurvey(parts={0: Extents([(n * third, (n + 1) * third)])}) for n in range(3)} | {
+            3: DomainSurvey()
+        }
         made = plan(manifest(3 * third), surveys)
         assert not any(made.reads.values())
         check(made, surveys)
 
     def test_one_gateway_reads_all(self) -> None:
         closed = {0: AccessDenied("no token")}
-        surveys = {0: Survey(unreachable=closed), 1: Survey(), 2: Survey(unreachable=closed)}
+        surveys = {0: DomainSurvey(unreachable=closed), 1: DomainSurvey(), 2: DomainSurvey(unreachable=closed)}
         made = plan(manifest(10, 50 * MIB), surveys)
         assert made.reads[1] == tuple(range(len(made.pieces)))
         assert made.reads[0] == made.reads[2] == ()
 
     def test_nobody_reaches_it(self) -> None:
-        surveys = {0: Survey(unreachable={0: AccessDenied("no token")})}
+        surveys = {0: DomainSurvey(unreachable={0: AccessDenied("no token")})}
         with pytest.raises(AccessDenied, match="no token"):
             plan(manifest(10), surveys)
 
     def test_nobody_need_reach_what_is_held(self) -> None:
-        surveys = {0: Survey(unreachable={0: AccessDenied("no token")}), 1: Survey({0: ""})}
+        surveys = {0: DomainSurvey(unreachable={0: AccessDenied("no token")}), 1: DomainSurvey({0: ""})}
         check(plan(manifest(10), surveys), surveys)
 
     @pytest.mark.parametrize("size", range(2, 10))
     def test_connections_are_made_without_waiting_in_a_circle(self, size: int) -> None:
-        surveys = {leader: Survey() for leader in range(0, 3 * size, 3)}
+        surveys = {leader: DomainSurvey() for leader in range(0, 3 * size, 3)}
         made = plan(manifest(100 * MIB), surveys)
         waiting = {leader: made.edges_of(leader) for leader in surveys}
         steps = 0
@@ -187,6 +189,6 @@ class TestPlan:
         assert steps <= 3, "not one after the other round the ring"
 
     def test_no_connection_without_use(self) -> None:
-        surveys = {0: Survey({0: ""}), 1: Survey({0: ""}), 2: Survey(), 3: Survey({0: ""})}
+        surveys = {0: DomainSurvey({0: ""}), 1: DomainSurvey({0: ""}), 2: DomainSurvey(), 3: DomainSurvey({0: ""})}
         made = plan(manifest(100 * MIB), surveys)
         assert [made.edges_of(leader) for leader in surveys] == [[], [(1, 2)], [(1, 2)], []]

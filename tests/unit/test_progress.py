@@ -9,38 +9,38 @@ from dataclasses import replace
 import pytest
 
 from weightferry.report import progress
-from weightferry.report.moved import Progress
-from weightferry.report.progress import Standing, line, shown
+from weightferry.report.progress import JobProgress, line, shown
+from weightferry.report.rank_progress import Progress
 
 MB = 1_000_000
 ONE = Progress("transfer", 100 * MB, 0, 400 * MB)
 
 
 def test_one_node() -> None:
-    before, now = Standing(0.0, {0: replace(ONE, origin_bytes=0)}), Standing(10.0, {0: ONE})
+    before, now = JobProgress(0.0, {0: replace(ONE, origin_bytes=0)}), JobProgress(10.0, {0: ONE})
     assert line(before, now, {0: "h0"}) == "100 MB of 400 MB, 10 MB/s from the origin, 30 s left"
 
 
 def test_several_nodes() -> None:
-    before = Standing(0.0, {0: Progress("transfer", 0, 0, 400 * MB), 4: Progress("transfer", 0, 0, 400 * MB)})
-    now = Standing(2.0, {0: Progress("transfer", 50 * MB, 50 * MB, 400 * MB), 4: ONE})
-    said = line(before, Standing(2.0, {**now.ranks, 8: Progress("transfer", 0, 40 * MB, 400 * MB)}), {8: "w8"})
+    before = JobProgress(0.0, {0: Progress("transfer", 0, 0, 400 * MB), 4: Progress("transfer", 0, 0, 400 * MB)})
+    now = JobProgress(2.0, {0: Progress("transfer", 50 * MB, 50 * MB, 400 * MB), 4: ONE})
+    said = line(before, JobProgress(2.0, {**now.ranks, 8: Progress("transfer", 0, 40 * MB, 400 * MB)}), {8: "w8"})
     assert said == ("240 MB of 1.2 GB, 75 MB/s from the origin, 45 MB/s between nodes, slowest w8 at 10 %, 8 s left")
 
 
 def test_nothing_yet_and_all_there() -> None:
-    assert line(Standing(0, {}), Standing(1, {}), {}) == "0 B of 0 B, 0 B/s from the origin"
-    done = Standing(1, {0: replace(ONE, origin_bytes=400 * MB)})
-    assert "left" not in line(Standing(0, {}), done, {})
+    assert line(JobProgress(0, {}), JobProgress(1, {}), {}) == "0 B of 0 B, 0 B/s from the origin"
+    done = JobProgress(1, {0: replace(ONE, origin_bytes=400 * MB)})
+    assert "left" not in line(JobProgress(0, {}), done, {})
 
 
 def test_why_nothing_comes() -> None:
-    now = Standing(1, {0: Progress("survey", paused="waits for another job")})
-    assert line(Standing(0, {}), now, {}).endswith(", waits for another job")
+    now = JobProgress(1, {0: Progress("survey", paused="waits for another job")})
+    assert line(JobProgress(0, {}), now, {}).endswith(", waits for another job")
 
 
 def test_bytes_that_came_twice_are_no_more_than_all() -> None:
-    assert Standing(0, {0: replace(ONE, origin_bytes=500 * MB)}).done == 400 * MB
+    assert JobProgress(0, {0: replace(ONE, origin_bytes=500 * MB)}).done == 400 * MB
 
 
 def test_a_log_gets_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import weightferry
-from weightferry.cluster.agree import Wish
-from weightferry.cluster.control import Solo
+from weightferry.cluster.coordinator import LocalCoordinator
+from weightferry.phases.agree import RankRequest
 from weightferry.report.run import DomainReport, RunReport
 from weightferry.report.text import size, summary, table
 from weightferry.settings import Settings
-from weightferry.sources import Ask
+from weightferry.sources import SourceRequest
 from weightferry.staging import collect
 
 TOTAL = {"bytes": 2000, "files": 2, "origin_bytes": 4000, "peer_bytes": 0, "cached_bytes": 500, "seconds": 1.25}
@@ -44,9 +44,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"abc")
     settings = Settings(cache_dir=tmp_path / "cache")
-    control = Solo("h")
-    control.operation = "stage"
-    collected = collect(lambda: Wish({"": Ask.of(tmp_path / "m.bin")}), control, settings)
+    coordinator = LocalCoordinator("h")
+    coordinator.operation = "stage"
+    collected = collect(lambda: RankRequest({"": SourceRequest.of(tmp_path / "m.bin")}), coordinator, settings)
     got = collected.report.to_dict()
     assert (got["operation"], got["ranks"], got["nodes"]) == ("stage", 1, 1)
     assert got["total"] | {"seconds": 0} == {

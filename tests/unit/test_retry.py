@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.unit.doubles import FakeWatch, Over
+from tests.unit.doubles import FakeMonitor, Over
 from weightferry.errors import OriginError, Stalled
 from weightferry.origins.base import Silent, TransientOriginError, Unreachable
 from weightferry.origins.retry import Retry, retrying
@@ -33,8 +33,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def retry(settings: Settings, watch: FakeWatch, clock: Clock) -> Retry:
-    return Retry(settings, watch, clock)
+def retry(settings: Settings, monitor: FakeMonitor, clock: Clock) -> Retry:
+    return Retry(settings, monitor, clock)
 
 
 def test_refusals_are_counted(retry: Retry, settings: Settings) -> None:
@@ -79,11 +79,11 @@ def test_a_refusal_ends_a_silence_and_is_counted(retry: Retry, settings: Setting
         retry.wait(REFUSED)
 
 
-def test_what_the_origin_asks_for_is_kept(watch: FakeWatch, settings: Settings) -> None:
+def test_what_the_origin_asks_for_is_kept(monitor: FakeMonitor, settings: Settings) -> None:
     began = time.monotonic()
-    Retry(settings, watch).wait(TransientOriginError("429", retry_after=0.25))
+    Retry(settings, monitor).wait(TransientOriginError("429", retry_after=0.25))
     assert time.monotonic() - began >= 0.25
-    assert watch.checks > 1, "a wait ends when the operation does"
+    assert monitor.checks > 1, "a wait ends when the operation does"
 
 
 def test_more_than_ten_minutes_are_too_many(retry: Retry) -> None:
@@ -91,13 +91,13 @@ def test_more_than_ten_minutes_are_too_many(retry: Retry) -> None:
         retry.wait(TransientOriginError("429", retry_after=601))
 
 
-def test_the_end_of_the_operation_ends_the_wait(retry: Retry, watch: FakeWatch) -> None:
-    watch.over = True
+def test_the_end_of_the_operation_ends_the_wait(retry: Retry, monitor: FakeMonitor) -> None:
+    monitor.over = True
     with pytest.raises(Over):
         retry.wait(TransientOriginError("429", retry_after=500))
 
 
-def test_retrying(settings: Settings, watch: FakeWatch) -> None:
+def test_retrying(settings: Settings, monitor: FakeMonitor) -> None:
     answers = [REFUSED, SILENT, Unreachable("refused")]
 
     def call() -> str:
@@ -105,7 +105,7 @@ def test_retrying(settings: Settings, watch: FakeWatch) -> None:
             raise answers.pop()
         return "here"
 
-    assert retrying(settings, watch, call) == "here"
+    assert retrying(settings, monitor, call) == "here"
 
 
 @pytest.mark.parametrize("kind", [TransientOriginError, Unreachable, Silent])

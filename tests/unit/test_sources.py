@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightferry.errors import BadRequest
-from weightferry.sources import Ask, FetchFrom, FetchSource, Source, SourceLike, safe_path, understand
+from weightferry.sources import FetchFrom, FetchSource, Source, SourceLike, SourceRequest, parse_source, safe_path
 
 HERE = Path.cwd()
 
@@ -16,7 +16,7 @@ HERE = Path.cwd()
 def meaning(
     source: SourceLike, filename: str = "", *, folders: tuple[str, ...] = (), revision: str | None = None
 ) -> Source:
-    return understand(Ask.of(source, filename, revision=revision), lambda text: text in folders)
+    return parse_source(SourceRequest.of(source, filename, revision=revision), lambda text: text in folders)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ class TestNoSecrets:
 
     def test_texts(self) -> None:
         for text in (
-            str(Ask.of(self.SIGNED)),
+            str(SourceRequest.of(self.SIGNED)),
             str(meaning(self.SIGNED)),
-            str(Ask.of("https://h", "m?sig=s1gn&token=t0k")),
+            str(SourceRequest.of("https://h", "m?sig=s1gn&token=t0k")),
         ):
             assert not any(secret in text for secret in ("pa55", "s1gn", "cr3d", "t0k")), text
 
@@ -252,8 +252,10 @@ class TestNoSecrets:
 def test_the_revision_is_shown() -> None:
     assert str(meaning("hf://gpt2@main/config.json")) == "hf://gpt2@main/config.json"
     assert str(meaning("org/name", revision="v1")) == "hf://org/name@v1"
-    assert str(Ask.of("org/name", "m.ckpt", revision="v1")) == "org/name@v1/m.ckpt"
+    assert str(SourceRequest.of("org/name", "m.ckpt", revision="v1")) == "org/name@v1/m.ckpt"
 
 
 def test_patterns() -> None:
-    assert Ask.of("a/b", allow="*.bin", ignore=["x", "y"]) == Ask("a/b", allow=("*.bin",), ignore=("x", "y"))
+    assert SourceRequest.of("a/b", allow="*.bin", ignore=["x", "y"]) == SourceRequest(
+        "a/b", allow=("*.bin",), ignore=("x", "y")
+    )

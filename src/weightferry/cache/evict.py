@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightferry.cache.exclusion import Exclusion, exclusion
-from weightferry.cache.inventory import Held, inventory, is_kept, look_at
+from weightferry.cache.inventory import CachedSource, inventory, is_pinned, read_cached_source
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.pins import alone
-from weightferry.cache.rights import entries, folders
+from weightferry.cache.lock_support import LockSupport, exclusion
+from weightferry.cache.permissions import entries, folders
+from weightferry.cache.usage import alone
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Removed:
+class EvictedContent:
     """What was evicted.
 
     Attributes
@@ -39,7 +39,7 @@ class Removed:
     size: int
 
 
-def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[Removed]:
+def evict(layout: CacheLayout, to: int, locks: LockSupport | None = None) -> list[EvictedContent]:
     """Remove commits until the content of a cache has at most `to` bytes, or nothing more may go.
 
     Those staged longest ago go first, each as a whole, with the content that no other commit shows; then content that
@@ -54,13 +54,13 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
 
     Returns
     -------
-    list of Removed
+    list of EvictedContent
         In their order.
     """
     if not (locks or exclusion(layout)).by_flock:
         return []
     _sweep(layout)
-    sources, removed = inventory(layout), list[Removed]()
+    sources, removed = inventory(layout), list[EvictedContent]()
     size = sum(held.size for held in sources)
     order = [(held, commit) for held in sources for commit in held.commits]
     for held, commit in sorted(order, key=lambda one: one[1].staged):
@@ -68,7 +68,7 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
             break
         with _ours(layout, held) as ours:
             if ours and (gone := _tried(remove_commit, layout, held.repo, commit.name)) is not None:
-                removed.append(Removed(held.name, commit.name, gone))
+                removed.append(EvictedContent(held.name, commit.name, gone))
                 size -= gone
                 logger.info("evicted %s@%s: %d bytes", held.name, commit.name[:8], gone)
     for held in sources:
@@ -76,7 +76,7 @@ def evict(layout: CacheLayout, to: int, locks: Exclusion | None = None) -> list[
             break
         with _ours(layout, held) as ours:
             if ours and (gone := _tried(_remove_unshown, layout, held.repo)):
-                removed.append(Removed(f"what no commit shows of {held.name}", "", gone))
+                removed.append(EvictedContent(f"what no commit shows of {held.name}", "", gone))
                 size -= gone
                 logger.info("evicted content of %s that no commit shows: %d bytes", held.name, gone)
     return removed
@@ -91,7 +91,7 @@ def _tried(remove: Callable[..., int | None], *what: Any) -> int | None:
         return None
 
 
-def evictable(layout: CacheLayout, locks: Exclusion) -> int:
+def evictable_size(layout: CacheLayout, locks: LockSupport) -> int:
     """Bytes that could go now."""
     if not locks.by_flock:
         return 0
@@ -103,12 +103,12 @@ def evictable(layout: CacheLayout, locks: Exclusion) -> int:
 
 
 @contextlib.contextmanager
-def _ours(layout: CacheLayout, held: Held) -> Iterator[bool]:
+def _ours(layout: CacheLayout, held: CachedSource) -> Iterator[bool]:
     """Yield whether a source may go; if so, nobody begins to use it meanwhile."""
     with contextlib.ExitStack() as stack:
         free = False
         with contextlib.suppress(OSError):
-            if not is_kept(layout, held) and _may_remove(held.repo):
+            if not is_pinned(layout, held) and _may_remove(held.repo):
                 free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
         yield free
 
@@ -121,12 +121,12 @@ def _may_remove(repo: Path) -> bool:
     return os.geteuid() in (0, seen.st_uid) or of_group
 
 
-def remove_source(layout: CacheLayout, held: Held) -> int | None:
+def remove_source(layout: CacheLayout, held: CachedSource) -> int | None:
     """Remove a whole source; None when it is in use, pinned, or somebody else's. Returns its bytes."""
     with _ours(layout, held) as ours:
         if not ours or not exclusion(layout).by_flock:
             return None
-        size = look_at(layout, held.repo).size
+        size = read_cached_source(layout, held.repo).size
         _remove_folder(held.repo)
         _forget(layout, held.repo)
         return size
@@ -140,7 +140,7 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
     int or None
         Bytes of that content; None when the commit is not there.
     """
-    held = look_at(layout, repo)
+    held = read_cached_source(layout, repo)
     gone = next((one for one in held.commits if one.name == commit), None)
     if gone is None:
         return None
@@ -162,7 +162,7 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
 
 
 def _remove_unshown(layout: CacheLayout, repo: Path) -> int:
-    held = look_at(layout, repo)
+    held = read_cached_source(layout, repo)
     size = _remove_blobs(layout, held, {blob for commit in held.commits for blob in commit.blobs})
     if not held.commits:
         shutil.rmtree(repo, ignore_errors=True)
@@ -177,7 +177,7 @@ def _remove_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _remove_blobs(layout: CacheLayout, held: Held, shown: Collection[str]) -> int:
+def _remove_blobs(layout: CacheLayout, held: CachedSource, shown: Collection[str]) -> int:
     size = 0
     for name, bytes_of in held.sizes.items():
         if name not in shown:

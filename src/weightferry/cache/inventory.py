@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.pins import in_use
-from weightferry.cache.rights import entries, folders
+from weightferry.cache.permissions import entries, folders
+from weightferry.cache.usage import in_use
 
 
 @dataclass(frozen=True)
-class Commit:
+class CachedCommit:
     """One commit of a source, as a snapshot shows it.
 
     Attributes
@@ -32,7 +32,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Held:
+class CachedSource:
     """One source in a cache.
 
     Attributes
@@ -46,7 +46,7 @@ class Held:
     """
 
     repo: Path
-    commits: tuple[Commit, ...]
+    commits: tuple[CachedCommit, ...]
     sizes: dict[str, int]
 
     @property
@@ -68,32 +68,32 @@ class Held:
         return max((commit.staged for commit in self.commits), default=0.0)
 
 
-def inventory(layout: CacheLayout) -> list[Held]:
+def inventory(layout: CacheLayout) -> list[CachedSource]:
     """List the sources of a cache, sorted by name; folders that cannot be read are left out."""
     held = []
     for family in layout.families():
         for repo in folders(family):
             if layout.blobs(repo).is_dir() or layout.snapshots(repo).is_dir():
-                held.append(look_at(layout, repo))
+                held.append(read_cached_source(layout, repo))
     return sorted(held, key=lambda one: one.name)
 
 
-def look_at(layout: CacheLayout, repo: Path) -> Held:
+def read_cached_source(layout: CacheLayout, repo: Path) -> CachedSource:
     """Look at one source."""
     commits = [
-        Commit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
+        CachedCommit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
         for snapshot in folders(layout.snapshots(repo))
     ]
     sizes = dict(_content(layout, repo))
-    return Held(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
+    return CachedSource(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
 
 
-def is_kept(layout: CacheLayout, held: Held) -> bool:
+def is_pinned(layout: CacheLayout, held: CachedSource) -> bool:
     """Whether somebody pinned it."""
-    return layout.keep_mark(held.repo.name).exists()
+    return layout.pin_mark(held.repo.name).exists()
 
 
-def is_used(layout: CacheLayout, held: Held) -> bool:
+def is_in_use(layout: CacheLayout, held: CachedSource) -> bool:
     """Whether a living process staged it."""
     with contextlib.suppress(OSError):
         return in_use(layout.used_lock(held.repo.name))

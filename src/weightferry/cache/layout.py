@@ -179,7 +179,7 @@ class CacheLayout:
         """The file whose time tells when a commit of a source was last staged."""
         return self.used_notes(folder) / commit
 
-    def keep_mark(self, folder: str) -> Path:
+    def pin_mark(self, folder: str) -> Path:
         """The file that keeps a source from being evicted."""
         return self.root / "used" / f"{folder}.keep"
 

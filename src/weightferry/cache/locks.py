@@ -17,10 +17,10 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLockProtocolError, StrictSoftFileLock, Timeout
 
-from weightferry.cache.exclusion import Exclusion
-from weightferry.cache.holder import Holder, holder_here
-from weightferry.cache.links import write_whole
-from weightferry.cache.rights import make_folder
+from weightferry.cache.atomic import write_atomically
+from weightferry.cache.lock_holder import LockHolder, local_lock_holder
+from weightferry.cache.lock_support import LockSupport
+from weightferry.cache.permissions import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _SAY_EVERY = 10.0  # seconds, as huggingface_hub does
 
 
 @dataclass(frozen=True)
-class Patience:
+class LockTimeouts:
     """How long holders are waited for, in seconds.
 
     Attributes
@@ -47,11 +47,11 @@ class Patience:
     sign_every: float = 2.0
 
 
-class Locks:
+class FileLocks:
     """The locks that one leader holds in one operation.
 
-    Guaranteed: a lock in `held` excludes everybody who locks the same path with the same `Exclusion`. The kernel frees
-    its own when this process dies; a file in its place is taken away by the next one who wants it, on proof that its
+    Guaranteed: a lock in `held` excludes every process that locks the same path with the same `LockSupport`. The kernel
+    frees its own when this process dies; a file in its place is taken away by the next one who wants it, on proof that its
     process has ended, and passed by when that gives no sign of life. Not guaranteed: that a lock is held after `wait`;
     see `held`.
 
@@ -65,15 +65,15 @@ class Locks:
         What was found to exclude here.
     """
 
-    def __init__(self, patience: Patience, check: Callable[[], None], exclusion: Exclusion | None = None) -> None:
-        self.exclusion = exclusion or Exclusion()
+    def __init__(self, patience: LockTimeouts, check: Callable[[], None], exclusion: LockSupport | None = None) -> None:
+        self.exclusion = exclusion or LockSupport()
         self._patience, self._check = patience, check
         self._locks: dict[Path, BaseFileLock] = {}
-        self._signs = _Signs(patience.sign_every)
-        self._me: Holder | None = None
+        self._signs = _HolderHeartbeat(patience.sign_every)
+        self._me: LockHolder | None = None
 
     def __repr__(self) -> str:
-        return f"Locks({self.exclusion}, held={sorted(map(str, self._locks))})"
+        return f"FileLocks({self.exclusion}, held={sorted(map(str, self._locks))})"
 
     def held(self, path: Path) -> bool:
         """Whether the lock at `path` is ours."""
@@ -99,7 +99,7 @@ class Locks:
                     self._locks.pop(path).release()
 
     def _wait(self, path: Path, until: float) -> None:
-        start, said, watched = time.monotonic(), float("-inf"), _Watched(_note_of(path))
+        start, said, watched = time.monotonic(), float("-inf"), _HolderWatch(_note_of(path))
         while not self._acquired(path, _SLICE):
             self._check()
             now = time.monotonic()
@@ -140,7 +140,7 @@ class Locks:
         self._locks[path] = lock
         if self.exclusion.noted:
             claims = tuple(claim.name for claim in lock.claims) if isinstance(lock, StrictSoftFileLock) else ()
-            self._me = self._me or Holder.me()
+            self._me = self._me or LockHolder.me()
             self._signs.begin(_note_of(path), replace(self._me, claims=claims).text)
         return True
 
@@ -166,7 +166,7 @@ def _note_of(path: Path) -> Path:
 
 def _who(path: Path) -> str:
     """Name the holder of a lock, as far as it is known."""
-    return str(Holder.read(_note_of(path)) or holder_here(path) or "another process")
+    return str(LockHolder.read(_note_of(path)) or local_lock_holder(path) or "another process")
 
 
 def _has_claims(lock: StrictSoftFileLock) -> bool:
@@ -178,7 +178,7 @@ def _has_claims(lock: StrictSoftFileLock) -> bool:
 
 def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
     """Remove the claims of a holder of which it is proven that its process has ended."""
-    holder = Holder.read(note)
+    holder = LockHolder.read(note)
     if holder is None or not holder.is_dead:
         return
     for claim in lock.claims:
@@ -188,7 +188,7 @@ def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
                 logger.warning("removed a claim on %s: %s has ended", lock.lock_file, holder)
 
 
-class _Watched:
+class _HolderWatch:
     """The note of a holder, as it changes."""
 
     def __init__(self, note: Path) -> None:
@@ -210,7 +210,7 @@ class _Watched:
 
 
 @dataclass
-class _Signs:
+class _HolderHeartbeat:
     """Says beside each lock who holds it, and touches what it said as long as it does."""
 
     every: float
@@ -219,7 +219,7 @@ class _Signs:
 
     def begin(self, note: Path, text: str) -> None:
         with contextlib.suppress(OSError):
-            write_whole(note, text)
+            write_atomically(note, text)
             os.utime(note)
         self._notes.add(note)
         if self._ended is None:

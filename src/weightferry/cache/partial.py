@@ -18,14 +18,14 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
+from weightferry.cache.atomic import write_atomically
 from weightferry.cache.extents import Extents
-from weightferry.cache.links import write_whole
-from weightferry.cache.rights import make_folder, open_file
+from weightferry.cache.permissions import make_folder, open_file
 
 _BUFFER = 1 << 20
 
 
-class Run(NamedTuple):
+class WrittenRange(NamedTuple):
     """Bytes from `start` to `stop`, and their CRC-32."""
 
     start: int
@@ -36,7 +36,7 @@ class Run(NamedTuple):
         return f"{self.start} {self.stop} {self.crc:08x}"
 
 
-class Partial:
+class PartialFile:
     """The data and the journal of one file, open for writing until nobody has this object any more.
 
     Guaranteed: a range in `there` was written by this process, or was found right by its CRC-32 before. Not
@@ -52,7 +52,7 @@ class Partial:
     content
         Names the content, for the journal.
     runs
-        What `right_runs` found there; everything else is taken for missing.
+        What `verified_ranges` found there; everything else is taken for missing.
 
     Raises
     ------
@@ -60,14 +60,14 @@ class Partial:
         No space (with the size in its text), no right to write.
     """
 
-    def __init__(self, path: Path, size: int | None, content: str, runs: Iterable[Run] = ()) -> None:
+    def __init__(self, path: Path, size: int | None, content: str, runs: Iterable[WrittenRange] = ()) -> None:
         self.path, self.size = path, size
         self._file = self._journal = -1
         self._lock = Lock()
         runs = list(runs)
         self.there = Extents((run.start, run.stop) for run in runs)
         make_folder(path.parent)
-        write_whole(journal_of(path), "".join(f"{line}\n" for line in (_head(size, content), *runs)))
+        write_atomically(journal_of(path), "".join(f"{line}\n" for line in (_head(size, content), *runs)))
         if path.is_symlink():
             path.unlink()  # none of ours
         self._file = open_file(path, os.O_RDWR)
@@ -84,7 +84,7 @@ class Partial:
             while done < len(view):
                 done += os.pwrite(self._file, view[done:], start + done)
 
-    def note(self, run: Run) -> None:
+    def note(self, run: WrittenRange) -> None:
         """Put down that a run is there."""
         # One write of a short line to a file opened for appending: lines of several threads do not mix.
         os.write(self._journal, f"{run}\n".encode())
@@ -118,7 +118,7 @@ class Partial:
                 os.close(descriptor)
 
 
-def right_runs(path: Path, size: int | None, content: str) -> list[Run]:
+def verified_ranges(path: Path, size: int | None, content: str) -> list[WrittenRange]:
     """Find what is there of a killed transfer: the runs of its journal for this content whose CRC-32 is right.
 
     Reads all of them, at the speed of the disk.
@@ -171,16 +171,16 @@ def _head(size: int | None, content: str) -> str:
     return json.dumps({"content": content, "size": size})
 
 
-def _parsed(lines: list[str]) -> Iterator[Run]:
+def _parsed(lines: list[str]) -> Iterator[WrittenRange]:
     for line in lines:
         # The last line may be torn; a lying one costs what it lies about.
         with contextlib.suppress(ValueError):
             start, stop, crc = line.split(" ")
             if 0 <= int(start) < int(stop):
-                yield Run(int(start), int(stop), int(crc, 16))
+                yield WrittenRange(int(start), int(stop), int(crc, 16))
 
 
-def _is_right(file: int, run: Run) -> bool:
+def _is_right(file: int, run: WrittenRange) -> bool:
     crc = 0
     with contextlib.suppress(OSError):
         for chunk in read_range(file, run.start, run.stop):

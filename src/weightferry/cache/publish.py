@@ -8,12 +8,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from weightferry.cache.atomic import point, write_atomically
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.links import point, write_whole
 from weightferry.cache.partial import discard
-from weightferry.cache.rights import make_folder, touch
-from weightferry.cache.survey import is_whole
-from weightferry.cache.verified import note_verified, survives_only_here
+from weightferry.cache.permissions import make_folder, touch
+from weightferry.cache.survey import is_complete
+from weightferry.cache.verified_notes import is_on_local_disk, note_verified
 from weightferry.manifest import File, Pinned
 
 logger = logging.getLogger(__name__)
@@ -32,18 +32,18 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
         Wait until it is on the disk, where a crash could be missed otherwise (see `verified`). Small files are hashed
         in every survey.
     """
-    if sync and not survives_only_here(layout):
+    if sync and not is_on_local_disk(layout):
         with partial.open("rb") as written:
             os.fsync(written.fileno())
     if not file.checksum:
-        write_whole(layout.sha256_note(pinned, file), sha256)
+        write_atomically(layout.sha256_note(pinned, file), sha256)
     blob = layout.blob(pinned, file)
     make_folder(blob.parent)
     try:
         partial.replace(blob)
     except FileNotFoundError:
         # Where locks do not exclude, another job that wrote the same bytes to the same place was first.
-        if not is_whole(layout, pinned, file):
+        if not is_complete(layout, pinned, file):
             raise
     discard(partial)
     note_verified(layout, pinned, file)
@@ -66,10 +66,10 @@ def show(layout: CacheLayout, pinned: Pinned, places: Mapping[Path, Path] | None
         point(pointer, (places or {}).get(blob) or os.path.relpath(blob, pointer.parent))
     ref = layout.ref(pinned)
     if ref is not None:
-        write_whole(ref, pinned.commit)
+        write_atomically(ref, pinned.commit)
 
 
-def note_staged(layout: CacheLayout, pinned: Pinned) -> None:
+def record_staged(layout: CacheLayout, pinned: Pinned) -> None:
     """Note that a commit was staged now: what was longest ago is evicted first."""
     note = layout.used_note(layout.repo(pinned).name, pinned.commit)
     with contextlib.suppress(OSError):

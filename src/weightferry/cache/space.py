@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from weightferry.cache.evict import evict, evictable
-from weightferry.cache.exclusion import Exclusion
+from weightferry.cache.evict import evict, evictable_size
 from weightferry.cache.inventory import total
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.pins import one_at_a_time
-from weightferry.cache.survey import Surveyor
-from weightferry.cache.unfinished import drop_abandoned, sweep, unfinished
+from weightferry.cache.lock_support import LockSupport
+from weightferry.cache.partial_cleanup import remove_abandoned, sweep, unfinished
+from weightferry.cache.survey import CacheSurveyor
+from weightferry.cache.usage import serialized
 from weightferry.errors import NoSpace
 from weightferry.manifest import File, Pinned
 from weightferry.report.text import size as told
@@ -25,7 +25,7 @@ _FOLDERS = 12  # that a new source needs, at most
 
 
 def make_room(
-    surveyor: Surveyor, lacking: Iterable[tuple[Pinned, File]], settings: Settings, check: Callable[[], None]
+    surveyor: CacheSurveyor, lacking: Iterable[tuple[Pinned, File]], settings: Settings, check: Callable[[], None]
 ) -> None:
     """Evict until what is missing fits, where the settings allow that, check that it does, and take the space.
 
@@ -49,7 +49,7 @@ def make_room(
     if not files:
         return
     mine = surveyor.partials()
-    with one_at_a_time(layout.space_lock, check, settings.stall_timeout):
+    with serialized(layout.space_lock, check, settings.stall_timeout):
         sources = {layout.repo(pinned).name for pinned, _ in files}
         sweep(layout, mine, settings.partial_ttl, surveyor.exclusion, sources)
         if settings.max_size:
@@ -59,7 +59,7 @@ def make_room(
 
 
 def _keep_below(
-    surveyor: Surveyor, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
+    surveyor: CacheSurveyor, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
 ) -> None:
     """Evict until what a cache has, what others bring into it, and `files` are within the settings together."""
     layout, locks = surveyor.layout, surveyor.exclusion
@@ -73,13 +73,13 @@ def _keep_below(
     if above <= 0:
         return
     # What cannot be made to fit takes nothing away: a job that is tried again and again would empty the cache.
-    if above > evictable(layout, locks) + coming:
+    if above > evictable_size(layout, locks) + coming:
         _check_size(layout, files, has + coming, settings, locks)
         return
     above -= sum(removed.size for removed in evict(layout, max(0, has - above), locks))
     if above > 0:
         # Whoever wants it again reads it again: better than that this job fails.
-        for gone in drop_abandoned(layout, mine, locks):
+        for gone in remove_abandoned(layout, mine, locks):
             above -= gone
             if above <= 0:
                 break
@@ -93,7 +93,7 @@ def _coming(layout: CacheLayout, mine: Collection[Path]) -> int:
 
 
 def _check_size(
-    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], left: int, settings: Settings, locks: Exclusion
+    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], left: int, settings: Settings, locks: LockSupport
 ) -> None:
     needed = sum(file.size or 0 for _, file in files)
     if left + needed > settings.max_size:

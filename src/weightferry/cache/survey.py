@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightferry.cache.exclusion import Exclusion
+from weightferry.cache.atomic import create_atomically
 from weightferry.cache.extents import Extents
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.links import create_whole
-from weightferry.cache.locks import Locks
-from weightferry.cache.partial import Partial, Run, discard, is_untouched, right_runs
-from weightferry.cache.verified import is_verified, note_verified
+from weightferry.cache.lock_support import LockSupport
+from weightferry.cache.locks import FileLocks
+from weightferry.cache.partial import PartialFile, WrittenRange, discard, is_untouched, verified_ranges
+from weightferry.cache.verified_notes import is_verified, note_verified
 from weightferry.errors import CollectError, at
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, Manifest, Pinned
@@ -30,7 +30,7 @@ _CHEAP = 1 << 20
 
 
 @dataclass(frozen=True)
-class Survey:
+class DomainSurvey:
     """What one domain holds.
 
     Attributes
@@ -58,7 +58,7 @@ class Survey:
     nearby: frozenset[int] = frozenset()
 
 
-class Surveyor:
+class CacheSurveyor:
     """Looks through one cache folder for one operation, and holds the locks on what is missing.
 
     Parameters
@@ -86,21 +86,21 @@ class Surveyor:
         self,
         layout: CacheLayout,
         manifest: Manifest,
-        locks: Locks,
+        locks: FileLocks,
         tiers: Sequence[CacheLayout] = (),
         users: Callable[[Pinned, File], Path | None] = lambda *_: None,
     ) -> None:
         self.layout, self._locks, self.tiers, self._users = layout, locks, tiers, users
         self.files = list(manifest.staged())
         self._contents = manifest.contents()
-        self.runs: dict[int, list[Run]] = {}
+        self.runs: dict[int, list[WrittenRange]] = {}
         self.places: dict[int, Path] = {}
         self.nearby: dict[int, Path] = {}
         self._taken: set[Path] = set()
         self._doubted: set[int] = set()
 
     @property
-    def exclusion(self) -> Exclusion:
+    def exclusion(self) -> LockSupport:
         """By what others are kept out."""
         return self._locks.exclusion
 
@@ -108,7 +108,7 @@ class Surveyor:
         """Whether the partial data of a file is this leader's alone."""
         return self._locks.held(self.layout.lock(*self.files[index]))
 
-    def survey(self, *, wait: bool = False, doubted: Collection[int] = ()) -> Survey:
+    def survey(self, *, wait: bool = False, doubted: Collection[int] = ()) -> DomainSurvey:
         """Look which files are whole, lock the others, and look how far those had come.
 
         Parameters
@@ -134,7 +134,7 @@ class Surveyor:
         parts = {index: Extents((run.start, run.stop) for run in runs) for index, runs in self.runs.items() if runs}
         # Named also where nobody was in the way: else two jobs, each in the other's way on one node, would wait for
         # their nodes in opposite orders, and for ever.
-        return Survey(
+        return DomainSurvey(
             whole,
             parts,
             bool(busy) and not wait,
@@ -165,7 +165,7 @@ class Surveyor:
                 path = self.layout.partial_of(pinned, file)
                 self._taken.add(path)
                 with at(subject=f"{pinned.name}/{file.path}"):
-                    Partial(path, file.size, file.key, runs)
+                    PartialFile(path, file.size, file.key, runs)
         small: dict[Path, int] = {}
         for index in self.runs:
             pinned, file = self.files[index]
@@ -174,7 +174,7 @@ class Surveyor:
                 small[path] = small.get(path, 0) + (file.size or 0)
         for path, size in small.items():
             self._taken.add(path)
-            Partial(path, size, "small files")
+            PartialFile(path, size, "small files")
 
     def release(self) -> None:
         """Give back all locks, and space into which nothing came."""
@@ -205,7 +205,7 @@ class Surveyor:
         return found
 
     def _digest(self, layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
-        if not is_whole(layout, pinned, file):
+        if not is_complete(layout, pinned, file):
             return None
         if layout is self.layout:
             return known_sha256(layout, pinned, file)
@@ -229,11 +229,11 @@ class Surveyor:
         paths = {self.layout.lock(pinned, file) for pinned, file in big}
         return paths | {self.layout.small_lock(pinned) for pinned, _ in missing[len(big) :]}
 
-    def _runs_of(self, index: int) -> list[Run]:
+    def _runs_of(self, index: int) -> list[WrittenRange]:
         pinned, file = self.files[index]
         if not self.locked(index):
             return []
-        return right_runs(self.layout.partial_of(pinned, file), file.size, file.key)
+        return verified_ranges(self.layout.partial_of(pinned, file), file.size, file.key)
 
     def _doubt(self, index: int) -> None:
         pinned, file = self.files[index]
@@ -249,13 +249,13 @@ class Surveyor:
 def identity(layout: CacheLayout) -> str:
     """Name the cache folder; empty where nothing can be written."""
     with contextlib.suppress(OSError):
-        create_whole(layout.identity, secrets.token_hex(16))
+        create_atomically(layout.identity, secrets.token_hex(16))
     with contextlib.suppress(OSError):
         return layout.identity.read_text()
     return ""
 
 
-def is_whole(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
+def is_complete(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
     """Whether the content is there under its final name and has the right size."""
     try:
         there = layout.blob(pinned, file).stat()

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.rights import is_own_link
+from weightferry.cache.permissions import is_own_link
 from weightferry.errors import BadRequest
 
 

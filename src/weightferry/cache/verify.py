@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightferry.cache.inventory import Held, inventory
+from weightferry.cache.inventory import CachedSource, inventory
 from weightferry.cache.layout import CacheLayout
 from weightferry.hashing import Checksum, Hashes
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedFile:
     """One content that is wrong.
 
     Attributes
@@ -40,13 +40,13 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """What one cache was found to hold."""
 
     files: int = 0
     size: int = 0
     unknown: int = 0
-    damaged: tuple[Damage, ...] = ()
+    damaged: tuple[DamagedFile, ...] = ()
 
 
 def verify(
@@ -54,7 +54,7 @@ def verify(
     progress: Callable[[int], None] = lambda _: None,
     only: str = "",
     expect: Callable[[int], None] = lambda _: None,
-) -> Verified:
+) -> VerifyResult:
     """Hash everything in a cache.
 
     Parameters
@@ -80,10 +80,10 @@ def verify(
     gone = tuple(
         _damage(layout, held, blob, "is not there") for held in sources for blob in sorted(_gone(layout, held))
     )
-    return Verified(len(wanted) + len(gone), size, sum(why == "?" for why in wrong), damaged + gone)
+    return VerifyResult(len(wanted) + len(gone), size, sum(why == "?" for why in wrong), damaged + gone)
 
 
-def doubt(layout: CacheLayout, damage: Damage) -> None:
+def doubt(layout: CacheLayout, damage: DamagedFile) -> None:
     """Let the next operation hash content again, and bring it anew.
 
     It stays in its place until the right one takes that; only of a source without checksums, whose next operation would
@@ -95,7 +95,7 @@ def doubt(layout: CacheLayout, damage: Damage) -> None:
             path.unlink()
 
 
-def _gone(layout: CacheLayout, held: Held) -> set[str]:
+def _gone(layout: CacheLayout, held: CachedSource) -> set[str]:
     """Names of content that a snapshot shows and that is nowhere, in no tier either."""
     gone = set()
     for commit in held.commits:
@@ -106,7 +106,7 @@ def _gone(layout: CacheLayout, held: Held) -> set[str]:
     return gone
 
 
-def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
+def _wrong(held: CachedSource, blob: str, progress: Callable[[int], None]) -> str:
     """Return what is wrong with a content, an empty text when it is right, ``?`` when nothing is promised."""
     path = CacheLayout.blobs(held.repo) / blob
     wanted = _promised(held, blob)
@@ -123,7 +123,7 @@ def _wrong(held: Held, blob: str, progress: Callable[[int], None]) -> str:
     return "" if hashes.right else f"expected {wanted}, got {hashes.got}"
 
 
-def _promised(held: Held, blob: str) -> Checksum | None:
+def _promised(held: CachedSource, blob: str) -> Checksum | None:
     """What a content must be: where its source publishes no checksum, what was noted when it came."""
     text = blob
     if held.repo.parent.name != "hub":
@@ -134,7 +134,7 @@ def _promised(held: Held, blob: str) -> Checksum | None:
     return Checksum.read(text)
 
 
-def _damage(layout: CacheLayout, held: Held, blob: str, why: str) -> Damage:
+def _damage(layout: CacheLayout, held: CachedSource, blob: str, why: str) -> DamagedFile:
     commits = tuple(commit.name for commit in held.commits if blob in commit.blobs)
     paths: dict[str, None] = {}
     for commit in commits:
@@ -144,4 +144,4 @@ def _damage(layout: CacheLayout, held: Held, blob: str, why: str) -> Damage:
                 if path.is_symlink() and path.readlink().name == blob:
                     paths[path.relative_to(snapshot).as_posix()] = None
     hub = held.repo.parent == layout.hub
-    return Damage(held.name, commits, tuple(paths), layout.blobs(held.repo) / blob, why, held.name if hub else "")
+    return DamagedFile(held.name, commits, tuple(paths), layout.blobs(held.repo) / blob, why, held.name if hub else "")

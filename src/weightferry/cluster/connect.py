@@ -12,7 +12,7 @@ from datetime import timedelta
 from subprocess import run
 from typing import TYPE_CHECKING
 
-from weightferry.cluster.control import Control, Solo
+from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
 from weightferry.cluster.topology import Topology, read_topology
 from weightferry.errors import BadRequest, NotDistributed
 from weightferry.settings import Settings
@@ -20,10 +20,10 @@ from weightferry.settings import Settings
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
-    from weightferry.cluster.store import Clients
+    from weightferry.cluster.store import StoreClients
 
 # The clients of the store that was used last: a process has one default group at a time.
-_clients: Clients | None = None
+_clients: StoreClients | None = None
 
 # Operations of this process so far, by the ranks that take part. All of those call the same ones in the same order, so
 # equal numbers name the same operation; a new process group in the same process, on the same store, goes on counting.
@@ -33,7 +33,7 @@ _operations: Counter[tuple[int, ...]] = Counter()
 @contextlib.contextmanager
 def operation(
     settings: Settings, name: str, *, group: ProcessGroup | None = None, alone: bool = False
-) -> Iterator[Control]:
+) -> Iterator[Coordinator]:
     """Open an operation among the ranks of a process group, or of this process alone.
 
     Parameters
@@ -62,31 +62,35 @@ def operation(
             '    torch.distributed.init_process_group("gloo")    # or "nccl"\n'
             "or, to work in this process alone, call collect_files(internal_ddp_handling=False)."
         )
-    control = Solo(topology.host, topology.rank) if store is None else _shared(store, ranks, topology, settings, name)
-    control.operation = name
+    coordinator = (
+        LocalCoordinator(topology.host, topology.rank)
+        if store is None
+        else _shared(store, ranks, topology, settings, name)
+    )
+    coordinator.operation = name
     try:
-        yield control
+        yield coordinator
     finally:
-        control.close()
+        coordinator.close()
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Control]:
+def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Coordinator]:
     """Open an operation among the processes that a launcher started together, without any process group.
 
     For the command line. The store is `torch.distributed`'s own, found by ``MASTER_ADDR`` and ``MASTER_PORT`` as
     torchrun sets them; under Slurm and MPI they are derived when they are missing.
     """
     if topology.world_size == 1:
-        with contextlib.closing(Solo(topology.host)) as control:
-            control.operation = name
-            yield control
+        with contextlib.closing(LocalCoordinator(topology.host)) as coordinator:
+            coordinator.operation = name
+            yield coordinator
         return
     store = _rendezvous(topology, settings)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(_shared(store, ranks, topology, settings, name, topology.rank)) as control:
-            yield control
+        with contextlib.closing(_shared(store, ranks, topology, settings, name, topology.rank)) as coordinator:
+            yield coordinator
     finally:
         _part(store, topology, settings)
 
@@ -113,22 +117,22 @@ def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]
 
 def _shared(
     store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, name: str, rank: int | None = None
-) -> Control:
+) -> Coordinator:
     global _clients
     from torch import distributed as dist
 
-    from weightferry.cluster.shared import Shared
-    from weightferry.cluster.store import Clients
+    from weightferry.cluster.distributed import DistributedCoordinator
+    from weightferry.cluster.store import StoreClients
 
     if _clients is None or _clients.store is not store or _clients.lost:
-        _clients = Clients(store)
+        _clients = StoreClients(store)
     # An elastic restart may find the store of the attempt before it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     members = zlib.crc32(",".join(map(str, ranks)).encode())
     prefix = f"weightferry/{attempt}/{members:08x}/{_operations[ranks]}"
     _operations[ranks] += 1
     place = ranks.index(dist.get_rank() if rank is None else rank)
-    return Shared(_clients, prefix, place, ranks, topology, settings, name)
+    return DistributedCoordinator(_clients, prefix, place, ranks, topology, settings, name)
 
 
 def _rendezvous(topology: Topology, settings: Settings) -> Store:

@@ -35,7 +35,7 @@ _LOOKS = (0.02, 0.5)  # seconds between two looks for a file that must appear: t
 
 
 @dataclass(frozen=True)
-class Place:
+class FolderIdentity:
     """A folder as one rank sees it, named so that equal names mean the same folder.
 
     Attributes
@@ -54,14 +54,14 @@ class Place:
     local: bool = True
 
     @classmethod
-    def of(cls, folder: Path) -> Place:
+    def of(cls, folder: Path) -> FolderIdentity:
         """Look at an existing folder."""
         seen = folder.stat()
         return cls(boot_id(), seen.st_dev, seen.st_ino, is_local(folder))
 
 
 @dataclass(frozen=True)
-class Domain:
+class StorageDomain:
     """Ranks that provably see one folder.
 
     Attributes
@@ -94,26 +94,28 @@ class Domain:
 
 
 def group(
-    places: Mapping[int, Place], hosts: Mapping[int, str], names: Sequence[int] | None = None
-) -> tuple[Domain, ...]:
+    places: Mapping[int, FolderIdentity], hosts: Mapping[int, str], names: Sequence[int] | None = None
+) -> tuple[StorageDomain, ...]:
     """Group ranks by what is proven without trying; every rank computes the same from the same."""
-    together: dict[Place, list[int]] = {}
+    together: dict[FolderIdentity, list[int]] = {}
     for rank in sorted(places):
         together.setdefault(places[rank], []).append(rank)
     return tuple(_domain(ranks, hosts, place.local, names) for place, ranks in together.items())
 
 
-def merge(domains: Sequence[Domain], met: Mapping[int, Met], names: Sequence[int] | None = None) -> tuple[Domain, ...]:
+def merge(
+    domains: Sequence[StorageDomain], met: Mapping[int, ProbeResult], names: Sequence[int] | None = None
+) -> tuple[StorageDomain, ...]:
     """Join domains whose leaders met in one folder.
 
     Parameters
     ----------
     met
-        By leader, whose file it found; see `Meeting`. Leaders that are not in it met nobody.
+        By leader, whose file it found; see `StorageProbe`. Leaders that are not in it met nobody.
     """
-    together: dict[int, list[Domain]] = {}
+    together: dict[int, list[StorageDomain]] = {}
     for domain in domains:
-        found = met.get(domain.leader, Met(domain.leader))
+        found = met.get(domain.leader, ProbeResult(domain.leader))
         together.setdefault(found.maker, []).append(replace(domain, excludes=found.excludes))
     hosts = {domain.leader: domain.host for domain in domains}
     joined = [
@@ -126,9 +128,9 @@ def merge(domains: Sequence[Domain], met: Mapping[int, Met], names: Sequence[int
     return tuple(sorted(joined, key=lambda domain: domain.leader))
 
 
-def _domain(ranks: list[int], hosts: Mapping[int, str], local: bool, names: Sequence[int] | None) -> Domain:
+def _domain(ranks: list[int], hosts: Mapping[int, str], local: bool, names: Sequence[int] | None) -> StorageDomain:
     named = tuple(ranks if names is None else (names[rank] for rank in ranks))
-    return Domain(ranks[0], tuple(ranks), hosts[ranks[0]], local, named)
+    return StorageDomain(ranks[0], tuple(ranks), hosts[ranks[0]], local, named)
 
 
 def is_local(folder: Path, mounts: str | None = None) -> bool:
@@ -168,7 +170,7 @@ def mount_of(folder: Path, mounts: str | None = None) -> Mount:
 
 
 @dataclass(frozen=True)
-class Met:
+class ProbeResult:
     """What a leader found in its folder.
 
     Attributes
@@ -184,7 +186,7 @@ class Met:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class StorageProbe:
     """How leaders find out whether they see one folder.
 
     Attributes
@@ -204,7 +206,7 @@ class Meeting:
         """The file that is made in `folder`, and removed by whoever made it."""
         return folder / f".weightferry-{self.token}"
 
-    def at(self, folder: Path, rank: int, check: Callable[[], None]) -> Met:
+    def at(self, folder: Path, rank: int, check: Callable[[], None]) -> ProbeResult:
         """Make the file and lock it, or read who made it, and see whether that lock excludes.
 
         Raises
@@ -216,12 +218,12 @@ class Meeting:
         try:
             made = self._made[folder] = file.open("x")
         except FileExistsError:
-            return Met(self._read(file, check), _is_locked(file))
+            return ProbeResult(self._read(file, check), _is_locked(file))
         with contextlib.suppress(OSError):
             try_flock(made.fileno())
         made.write(f"{rank}\n")
         made.flush()
-        return Met(rank)
+        return ProbeResult(rank)
 
     def _read(self, file: Path, check: Callable[[], None]) -> int:
         def look() -> int:
@@ -231,7 +233,7 @@ class Meeting:
             return int(text)
 
         try:
-            return await_visible(look, file, self.patience, check)
+            return wait_until_visible(look, file, self.patience, check)
         except FileNotFoundError as error:
             raise CollectError(
                 f"another rank made a file here that does not show within {self.patience:.0f} s; say with "
@@ -256,7 +258,7 @@ def _is_locked(file: Path) -> bool:
         return error.errno in READ_ONLY  # who cannot write here takes no locks
 
 
-def await_visible(look: Callable[[], T], path: Path, patience: float, check: Callable[[], None]) -> T:
+def wait_until_visible(look: Callable[[], T], path: Path, patience: float, check: Callable[[], None]) -> T:
     """Look at something that must be there until it shows; network file systems let one wait, or lose their handle.
 
     Parameters

@@ -28,7 +28,7 @@ def clone(store: dist.Store) -> dist.Store:
     return other
 
 
-def abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
+def call_abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
     """Return what `work` returns, in a thread of its own, or raise what `check` raises while it has not returned.
 
     The thread is then left behind, inside a call that nothing ends.
@@ -51,7 +51,7 @@ def _await(answer: Future[T], check: Callable[[], None]) -> T:
     return answer.result()
 
 
-class Caller:
+class StoreCaller:
     """Makes calls in a thread of its own, so that whoever wants the answer can stop waiting for it.
 
     A call on a store whose process is stopped returns when that process goes on, or never: no client has a time limit
@@ -75,7 +75,7 @@ class Caller:
             del work, answer  # not kept until the next call
 
 
-class Clients:
+class StoreClients:
     """The two clients that a process needs of one store, made once and kept.
 
     A client that waits blocks every other call on it, hence two, and neither is the caller's own. They are kept from
@@ -107,12 +107,12 @@ class Clients:
         return clone(self.store)
 
     @cached_property
-    def caller(self) -> Caller:
+    def caller(self) -> StoreCaller:
         """Makes the calls on `waiting`."""
-        return Caller()
+        return StoreCaller()
 
 
-class Recording(dist.Store):
+class RecordingStore(dist.Store):
     """A store that remembers which keys were set through it, so that they can be removed.
 
     Parameters
@@ -133,7 +133,7 @@ class Recording(dist.Store):
         self.busy = False
 
     def lend(self, work: Callable[[], T], check: Callable[[], None]) -> T:
-        """Let `work` wait on this store inside a call that cannot be ended; see `abandonable`."""
+        """Let `work` wait on this store inside a call that cannot be ended; see `call_abandonable`."""
 
         def inside() -> T:
             try:
@@ -142,7 +142,7 @@ class Recording(dist.Store):
                 self.busy = False
 
         self.busy = True
-        return abandonable(inside, check)
+        return call_abandonable(inside, check)
 
     def set(self, key: str, value: Any) -> None:
         """Set a key."""

@@ -33,7 +33,7 @@ def follow(job: submitit.Job[Any], say: Callable[[str], None]) -> int:
         0; or what the command of the first failed task ended with; or 1.
     """
     tails = [
-        _Tail(path, f"[{number}] " if job.num_tasks > 1 else "")
+        _LogTail(path, f"[{number}] " if job.num_tasks > 1 else "")
         for number in range(job.num_tasks)
         for path in (job.task(number).paths.stdout, job.task(number).paths.stderr)
     ]
@@ -91,7 +91,7 @@ def _errors(job: submitit.Job[Any]) -> list[str]:
     return errors
 
 
-class _Tail:
+class _LogTail:
     """The lines that were added to a file since the last look."""
 
     def __init__(self, path: Path, prefix: str) -> None:

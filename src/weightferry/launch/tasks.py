@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 
 from weightferry.errors import CollectError
-from weightferry.launch.place import RANK_VARIABLES, Place
+from weightferry.launch.environment import RANK_VARIABLES, TaskEnvironment
 from weightferry.launch.watchdog import watchdog
 
 # Seconds that rank 0 stays after it asked Slurm to requeue the job: Slurm ends the whole step within moments, and a
@@ -66,7 +66,7 @@ class RankTask:
             On every rank, naming the rank that failed first.
         """
         _forget_former_life()
-        place = Place.here()
+        place = TaskEnvironment.here()
         place.export("ranks")
         with process_group(self.backend, place):
             stage_all(self.sources)
@@ -100,7 +100,7 @@ class CommandTask:
             The command did not end with 0.
         """
         _forget_former_life()
-        place = Place.here()
+        place = TaskEnvironment.here()
         if self.sources:
             place.export("stage")
             with process_group("gloo", place):
@@ -140,7 +140,9 @@ def is_torchrun(command: Sequence[str]) -> bool:
     return os.path.basename(command[0]) == "torchrun" or "torch.distributed.run" in command  # noqa: PTH119
 
 
-def prepared(command: Sequence[str], place: Place, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+def prepared(
+    command: Sequence[str], place: TaskEnvironment, environ: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
     """Return the command and environment of one task.
 
     A torchrun gets the job's nodes to meet on, unless it names a meeting point itself, and no rank variables of ours;
@@ -184,7 +186,7 @@ def _forget_former_life() -> None:
 
 
 @contextlib.contextmanager
-def process_group(backend: str | None, place: Place) -> Iterator[None]:
+def process_group(backend: str | None, place: TaskEnvironment) -> Iterator[None]:
     """Hold an initialised process group."""
     import torch
     from torch import distributed as dist
@@ -234,14 +236,14 @@ def run_together(work: Callable[[], Any]) -> Any:
         with staying_until_killed():
             value.append(work())
 
-    with operation(Settings.from_environ(), "run") as control:
+    with operation(Settings.from_environ(), "run") as coordinator:
         try:
-            with watchdog(control):
-                control.round("run", held, lambda _: None)
+            with watchdog(coordinator):
+                coordinator.round("run", held, lambda _: None)
         except CollectError:
             # Peers inside a collective notice by the closed connections. And srun ends the whole step as soon as one
             # rank fails: not before the others could say why.
             destroy_process_group()
-            control.all_told(_UNTIL_ALL_KNOW)
+            coordinator.all_told(_UNTIL_ALL_KNOW)
             raise
     return value[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import submitit
 from submitit.core.utils import cloudpickle_dump, temporary_save_path
 
-from weightferry.cluster.control import Aborted, Control
+from weightferry.cluster.coordinator import Aborted, Coordinator
 
 _LOOK_EVERY = 1.0  # seconds
 # Seconds for a rank to notice by itself (a gloo peer that is gone raises at once) before it is ended.
@@ -18,13 +18,13 @@ _PATIENCE = 10.0
 
 
 @contextlib.contextmanager
-def watchdog(control: Control) -> Iterator[None]:
+def watchdog(coordinator: Coordinator) -> Iterator[None]:
     """While in this context, end the process some seconds after the operation has failed elsewhere.
 
     What is known of the failure is left as the task's result, so that the job's owner reads it there.
     """
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(control, over), name="weightferry-watchdog", daemon=True)
+    thread = threading.Thread(target=_watch, args=(coordinator, over), name="weightferry-watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -33,14 +33,14 @@ def watchdog(control: Control) -> Iterator[None]:
         thread.join()
 
 
-def _watch(control: Control, over: threading.Event) -> None:
+def _watch(coordinator: Coordinator, over: threading.Event) -> None:
     while not over.wait(_LOOK_EVERY):
         try:
-            control.check()
+            coordinator.check()
         except Aborted as aborted:
             if over.wait(_PATIENCE):
                 return
-            control.all_told(0)
+            coordinator.all_told(0)
             with contextlib.suppress(Exception):
                 path = submitit.JobEnvironment().paths.result_pickle
                 with temporary_save_path(path) as part:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from weightferry.errors import LoadError, ranges
-from weightferry.loading.parts import is_split
+from weightferry.loading.dtensor import is_dtensor
 
 Digests = dict[str, int]
 """By the name of a tensor, the CRC-32 of its bytes, shape and dtype."""
@@ -23,7 +23,7 @@ def tensor_digests(obj: Any) -> Digests:
     DTensors are left out, since each rank holds a part of its own. So are objects without ``state_dict``.
     """
     state = obj.state_dict() if callable(getattr(obj, "state_dict", None)) else {}
-    return {name: _digest(value) for name, value in _leaves("", state) if not is_split(value)}
+    return {name: _digest(value) for name, value in _leaves("", state) if not is_dtensor(value)}
 
 
 def total(digests: Digests) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from weightferry.errors import CollectError, LoadError
 from weightferry.loading.keys import unwrap
-from weightferry.loading.modules import Fit, copy_into, fit
+from weightferry.loading.modules import ModuleFit, copy_into, fit
 from weightferry.loading.options import DEFAULT, LoadOptions, renamed
 from weightferry.loading.readers import read_state
 
@@ -211,7 +211,7 @@ PREPARES: dict[Callable[..., Any], Callable[[Any, PathLike, LoadOptions], Commit
 """By hook, what checks all that can be checked before anything is written."""
 
 
-def _fit_file(module: nn.Module, path: PathLike, options: LoadOptions) -> Fit:
+def _fit_file(module: nn.Module, path: PathLike, options: LoadOptions) -> ModuleFit:
     """Compare a file with a module, and raise before anything is written if they do not fit."""
     state = _read_mapping(path, options, mapped=True)
     fitted = fit(_renamed(state, options, path), unwrap(module))
@@ -278,7 +278,7 @@ def _give_state(obj: Any, state: Mapping[str, Any], path: PathLike) -> None:
         ) from error
 
 
-def _none_fits(fitted: Fit, path: PathLike) -> LoadError:
+def _none_fits(fitted: ModuleFit, path: PathLike) -> LoadError:
     kind = type(fitted.module).__name__
     lines = [
         f"{path}: none of its {len(fitted.given)} keys is one that {kind} wants; nothing was written.",
@@ -296,7 +296,7 @@ def _none_fits(fitted: Fit, path: PathLike) -> LoadError:
     return LoadError("\n".join(lines), subject=str(path))
 
 
-def _say_more(fitted: Fit, path: PathLike) -> None:
+def _say_more(fitted: ModuleFit, path: PathLike) -> None:
     left = [name for name, buffer in fitted.module.named_buffers() if buffer.is_meta]
     if left:
         logger.warning(

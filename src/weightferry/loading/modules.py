@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from weightferry.loading.device_copy import CudaDeviceCopier, may_be_placed, place
+from weightferry.loading.dtensor import is_dtensor, local_shard
 from weightferry.loading.keys import align
-from weightferry.loading.parts import is_split, own_part
-from weightferry.loading.placement import CudaGate, may_be_placed, place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ _FILLED_IN = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Fit:
+class ModuleFit:
     """How a state fits a module; nothing is written yet.
 
     Attributes
@@ -74,12 +74,12 @@ class Fit:
         return [key for key in keys if not key.startswith(self.free)]
 
 
-def fit(state: Mapping[str, Any], module: nn.Module) -> Fit:
+def fit(state: Mapping[str, Any], module: nn.Module) -> ModuleFit:
     """Compare `state` with `module`; neither is changed, and of tensors only shapes and dtypes are looked at."""
     wanted = _own_state(module)
     given = align(state, module, wanted)
     _fill_in_tied(given, wanted)
-    result = Fit(
+    result = ModuleFit(
         module=module,
         wanted=wanted,
         given=given,
@@ -93,7 +93,7 @@ def fit(state: Mapping[str, Any], module: nn.Module) -> Fit:
     return result
 
 
-def copy_into(fitted: Fit, *, strict: bool, device: str | None = None) -> tuple[list[str], list[str]]:
+def copy_into(fitted: ModuleFit, *, strict: bool, device: str | None = None) -> tuple[list[str], list[str]]:
     """Copy the given tensors into the module's parameters and buffers, which stay the same objects.
 
     Those on the meta device are replaced by new ones first, on `device`; tied ones by one. Of DTensors each rank
@@ -107,26 +107,26 @@ def copy_into(fitted: Fit, *, strict: bool, device: str | None = None) -> tuple[
     """
     wanted = _own_state(fitted.module) if _give_memory(fitted, device or "cpu") else fitted.wanted
     for key, tensor in wanted.items():
-        if is_split(tensor) and key in fitted.given:
-            fitted.given[key] = own_part(fitted.given[key], tensor)
+        if is_dtensor(tensor) and key in fitted.given:
+            fitted.given[key] = local_shard(fitted.given[key], tensor)
     _place(fitted, wanted)
     load: Any = fitted.module.load_state_dict
     result = load(fitted.given, strict=strict) if _takes_strict(load) else load(fitted.given)
     return ([], []) if result is None else (list(result.missing_keys), list(result.unexpected_keys))
 
 
-def _place(fitted: Fit, wanted: Mapping[str, Any]) -> None:
+def _place(fitted: ModuleFit, wanted: Mapping[str, Any]) -> None:
     """Bring what goes to a GPU as it is there; the module then copies each of these tensors onto itself."""
     by_device: dict[torch.device, list[str]] = {}
     for key in fitted.certain([key for key in fitted.given if key in wanted]):
         if may_be_placed(fitted.given[key], wanted[key]):
             by_device.setdefault(wanted[key].device, []).append(key)
     for device, keys in by_device.items():
-        place(((fitted.given[key], wanted[key]) for key in keys), CudaGate(device))
+        place(((fitted.given[key], wanted[key]) for key in keys), CudaDeviceCopier(device))
         fitted.given.update((key, wanted[key].detach()) for key in keys)
 
 
-def _give_memory(fitted: Fit, device: str) -> bool:
+def _give_memory(fitted: ModuleFit, device: str) -> bool:
     """Put tensors with memory in place of those on the meta device that the file has values for; tell if any was."""
     made: dict[int, torch.Tensor] = {}
     values = {id(tensor) for key, tensor in fitted.wanted.items() if key in fitted.given}
@@ -164,7 +164,7 @@ def _fill_in_tied(given: dict[str, Any], wanted: Mapping[str, Any]) -> None:
         given.update({key: given[here[0]] for key in keys if here and key not in given})
 
 
-def _compare(key: str, theirs: Any, ours: Any, result: Fit) -> None:
+def _compare(key: str, theirs: Any, ours: Any, result: ModuleFit) -> None:
     if not isinstance(ours, torch.Tensor) or is_lazy(ours) or not result.certain([key]):
         return
     offence = _offence(theirs, ours)

@@ -19,7 +19,7 @@ import torch
 from weightferry.errors import CollectError, LoadError, UnsafeFile
 from weightferry.loading.formats import Format, tell_format
 from weightferry.loading.pickles import LEGACY_PICKLES, allowed, explain, unsafe_globals
-from weightferry.loading.sharded import beside, weight_map, weights_in
+from weightferry.loading.weight_files import beside, weight_map, weights_in
 
 if TYPE_CHECKING:
     import os

@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from weightferry.manifest import File, Pinned, listing_commit
 from weightferry.origins.base import TransientOriginError
-from weightferry.origins.ranged import (
+from weightferry.origins.range_request import (
     IDENTITY,
-    Wanted,
+    RangeRequest,
     get_range,
     raise_for_status,
     status_error,
@@ -66,7 +66,7 @@ class HttpOrigin:
         """See `Origin.read`."""
         source, file = pinned.source, pinned.file(path)
         version = "" if file.version.startswith(_SEEN) else file.version
-        wanted = Wanted(_url(source, path), _named(source, path), start, stop, size=file.size, version=version)
+        wanted = RangeRequest(_url(source, path), _named(source, path), start, stop, size=file.size, version=version)
         with get_range(self._client, wanted) as response:
             yield response.iter_raw()
 

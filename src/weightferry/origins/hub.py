@@ -15,10 +15,10 @@ from weightferry.errors import OriginError, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Pinned
 from weightferry.origins.base import Unreachable, closest, is_below, reject_climbing
+from weightferry.origins.hub_cache import is_offline
 from weightferry.origins.hub_content import HubContent, content_url, headers
 from weightferry.origins.hub_errors import denied, hub_errors
-from weightferry.origins.hub_folders import is_offline
-from weightferry.origins.ranged import Wanted, translated
+from weightferry.origins.range_request import RangeRequest, translated
 from weightferry.origins.transport import timeouts
 from weightferry.settings import Settings
 from weightferry.sources import Source
@@ -58,7 +58,7 @@ class HubOrigin:
         """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
         file = pinned.file(path)
         url = content_url(pinned.source, pinned.commit, path)
-        wanted = Wanted(url, f"{pinned.name}/{path}", start, stop, size=file.size)
+        wanted = RangeRequest(url, f"{pinned.name}/{path}", start, stop, size=file.size)
         with self._content.read(pinned.source, file, wanted) as chunks:
             yield chunks
 

@@ -17,9 +17,9 @@ from weightferry._version import __version__
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import File
 from weightferry.origins.base import TransientOriginError, Unreachable
-from weightferry.origins.hub_errors import Checked
-from weightferry.origins.links import Link, Links
-from weightferry.origins.ranged import IDENTITY, Wanted, get_range, translated
+from weightferry.origins.hub_errors import CheckedSession
+from weightferry.origins.range_request import IDENTITY, RangeRequest, get_range, translated
+from weightferry.origins.signed_urls import SignedUrl, SignedUrlCache
 from weightferry.origins.transport import new_client, timeouts
 from weightferry.origins.xet import XetFile, XetReader
 from weightferry.settings import Settings
@@ -41,12 +41,12 @@ class HubContent:
         self._options = {"timeout": timeouts(settings)}
         self._client = new_client(settings)
         self._own_route = True
-        self._links = Links()
+        self._links = SignedUrlCache()
         self._xet = XetReader(settings)
         self._use_xet = self._xet.available
 
     @contextmanager
-    def read(self, source: Source, file: File, wanted: Wanted) -> Iterator[Iterator[bytes]]:
+    def read(self, source: Source, file: File, wanted: RangeRequest) -> Iterator[Iterator[bytes]]:
         """Open what is `wanted` and yield its bytes; errors as of `get_range`.
 
         Parameters
@@ -71,7 +71,7 @@ class HubContent:
         self._xet.close()
 
     def _from_xet(
-        self, file: XetFile, source: Source, ask: Callable[[], Link], wanted: Wanted
+        self, file: XetFile, source: Source, ask: Callable[[], SignedUrl], wanted: RangeRequest
     ) -> Generator[bytes, None, None]:
         """Read through Xet, and what that fails to bring, by the link; nothing is asked of Xet a second time."""
         done, stop = wanted.start, file.size if wanted.stop is None else min(wanted.stop, file.size)
@@ -86,7 +86,7 @@ class HubContent:
             with ExitStack() as opened:
                 yield from self._open(opened, source, ask, replace(wanted, start=done, stop=stop)).iter_raw()
 
-    def _open(self, opened: ExitStack, source: Source, ask: Callable[[], Link], wanted: Wanted) -> Any:
+    def _open(self, opened: ExitStack, source: Source, ask: Callable[[], SignedUrl], wanted: RangeRequest) -> Any:
         """Open the end of the link; one that is refused is asked for anew, once."""
         link = self._links.get(wanted.url, ask)
         try:
@@ -97,12 +97,12 @@ class HubContent:
         link = self._links.get(wanted.url, ask, refused=link)
         return opened.enter_context(self._from_link(source, link, wanted))
 
-    def _from_hub(self, source: Source, wanted: Wanted) -> Any:
-        session = Checked(get_session(), source, wanted.subject)
+    def _from_hub(self, source: Source, wanted: RangeRequest) -> Any:
+        session = CheckedSession(get_session(), source, wanted.subject)
         return get_range(session, replace(wanted, headers=headers(token=True)), follow_redirects=True, **self._options)
 
     @contextmanager
-    def _from_link(self, source: Source, link: Link, wanted: Wanted) -> Iterator[Any]:
+    def _from_link(self, source: Source, link: SignedUrl, wanted: RangeRequest) -> Iterator[Any]:
         if not link.url:
             with self._from_hub(source, wanted) as response:
                 yield response
@@ -111,7 +111,7 @@ class HubContent:
         with ExitStack() as opened:
             yield self._by_a_route_that_works(opened, wanted)
 
-    def _by_a_route_that_works(self, opened: ExitStack, wanted: Wanted) -> Any:
+    def _by_a_route_that_works(self, opened: ExitStack, wanted: RangeRequest) -> Any:
         if self._own_route:
             try:
                 return opened.enter_context(get_range(self._client, wanted))
@@ -123,25 +123,25 @@ class HubContent:
         self._own_route = False
         return response
 
-    def _locate(self, source: Source, wanted: Wanted) -> Link:
+    def _locate(self, source: Source, wanted: RangeRequest) -> SignedUrl:
         """Ask the Hub where the content is; redirects on the Hub itself, as to a repository's new name, are followed.
 
         With GET, as any reader of the content would ask. Of a Hub that sends the content itself only one byte is read.
         """
         url, asked = wanted.url, {**headers(token=True), **IDENTITY, "Range": "bytes=0-0"}
-        session = Checked(get_session(), source, wanted.subject)
+        session = CheckedSession(get_session(), source, wanted.subject)
         for _ in range(_MOST_REDIRECTS):
             with (
                 translated(wanted.subject),
                 session.stream("GET", url, headers=asked, follow_redirects=False, **self._options) as response,
             ):
                 if not response.has_redirect_location:
-                    return Link()
+                    return SignedUrl()
                 response.read()  # so that the connection can be used again
                 target = urljoin(url, response.headers["Location"])
                 xet = _xet_file(url, response, wanted.size)
             if not _same_server(url, target):
-                return Link(target, xet)
+                return SignedUrl(target, xet)
             url = target
         raise OriginError(f"more than {_MOST_REDIRECTS} redirects", subject=wanted.subject)
 

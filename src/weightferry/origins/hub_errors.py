@@ -19,11 +19,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import hf_raise_for_status
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceNotFound
-from weightferry.origins.ranged import status_error
+from weightferry.origins.range_request import status_error
 from weightferry.sources import Source
 
 
-class Checked:
+class CheckedSession:
     """A session whose responses went through huggingface_hub's own reading of the Hub's error codes.
 
     Its errors are the HTTP library's too, so they must be ours before `get_range` sees them.

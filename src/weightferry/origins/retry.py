@@ -20,7 +20,7 @@ _PATIENCE = 600.0
 T = TypeVar("T")
 
 
-class Watch(Protocol):
+class Monitor(Protocol):
     """What reading and waiting report to, and where they learn that the operation is over."""
 
     def moved(self, count: int) -> None:
@@ -46,9 +46,9 @@ class Retry:
         Seconds, of a clock that never goes back.
     """
 
-    def __init__(self, settings: Settings, watch: Watch, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: Settings, monitor: Monitor, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
-        self._watch = watch
+        self._monitor = monitor
         self._clock = clock
         self._failed = 0
         self._heard = clock()
@@ -95,7 +95,7 @@ class Retry:
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self._watch.check()
+            self._monitor.check()
             time.sleep(min(left, 0.2))
 
 
@@ -104,7 +104,7 @@ def _jitter(seconds: float) -> float:
     return seconds * random.uniform(0.5, 1.0)  # noqa: S311
 
 
-def retrying(settings: Settings, watch: Watch, call: Callable[[], T], *, elsewhere: bool = False) -> T:
+def retrying(settings: Settings, monitor: Monitor, call: Callable[[], T], *, elsewhere: bool = False) -> T:
     """Call until it answers, or until `Retry` gives up.
 
     Parameters
@@ -112,7 +112,7 @@ def retrying(settings: Settings, watch: Watch, call: Callable[[], T], *, elsewhe
     elsewhere
         There are others who could call: having no way to the origin is then told at once.
     """
-    retry = Retry(settings, watch)
+    retry = Retry(settings, monitor)
     while True:
         try:
             return call()

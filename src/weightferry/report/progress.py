@@ -14,7 +14,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from weightferry.report.moved import Progress
+from weightferry.report.rank_progress import Progress
 from weightferry.report.text import size
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _ON_A_TERMINAL, _IN_A_LOG = 0.5, 10.0  # seconds between two lines
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobProgress:
     """Where the job stands at one moment.
 
     Attributes
@@ -50,14 +50,14 @@ class Standing:
         """Bytes that are to come to all domains together."""
         return sum(one.expected for one in self.ranks.values())
 
-    def rate(self, before: Standing, kind: str) -> float:
+    def rate(self, before: JobProgress, kind: str) -> float:
         """Bytes a second since an earlier moment; `kind` is the name of a count in `Progress`."""
         moved: int = sum(getattr(one, kind) for one in self.ranks.values())
         moved -= sum(getattr(one, kind) for one in before.ranks.values())
         return max(0, moved) / max(1e-3, self.at - before.at)
 
 
-def line(before: Standing, now: Standing, hosts: Mapping[int, str], what: str = "from the origin") -> str:
+def line(before: JobProgress, now: JobProgress, hosts: Mapping[int, str], what: str = "from the origin") -> str:
     """Say it in one line: bytes, both rates, the slowest node, what it waits for, time left."""
     origin, peers = now.rate(before, "origin_bytes"), now.rate(before, "peer_bytes")
     said = f"{size(now.done)} of {size(now.expected)}, {size(origin)}/s {what}"
@@ -105,22 +105,22 @@ def shown(seen: Seen, hosts: Mapping[int, str], what: str = "from the origin") -
         thread.join()
 
 
-def _standings(seen: Seen, over: threading.Event, every: float) -> Iterator[tuple[Standing, Standing]]:
+def _standings(seen: Seen, over: threading.Event, every: float) -> Iterator[tuple[JobProgress, JobProgress]]:
     """Yield where the job stands, each time with where it stood before."""
-    before = Standing(time.monotonic(), {})
+    before = JobProgress(time.monotonic(), {})
     while not over.wait(every):
         ranks = {rank: one for rank, one in seen().items() if one.expected or one.paused}
-        now = Standing(time.monotonic(), ranks)
+        now = JobProgress(time.monotonic(), ranks)
         yield before, now
         before = now
 
 
-def _log(seen: Seen, say: Callable[[Standing, Standing], str], over: threading.Event) -> None:
+def _log(seen: Seen, say: Callable[[JobProgress, JobProgress], str], over: threading.Event) -> None:
     for before, now in _standings(seen, over, _IN_A_LOG):
         logger.info("%s", say(before, now))
 
 
-def _bar(seen: Seen, say: Callable[[Standing, Standing], str], over: threading.Event) -> None:
+def _bar(seen: Seen, say: Callable[[JobProgress, JobProgress], str], over: threading.Event) -> None:
     with tqdm(total=1, bar_format="weightferry: {percentage:3.0f}%|{bar:20}| {desc}", leave=False) as bar:
         for before, now in _standings(seen, over, _ON_A_TERMINAL):
             bar.total, bar.n = max(1, now.expected), now.done

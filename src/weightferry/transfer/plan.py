@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightferry.cache.extents import Extents
-from weightferry.cache.survey import Survey
+from weightferry.cache.survey import DomainSurvey
 from weightferry.manifest import Manifest
 from weightferry.transfer.pieces import Piece, cut
 
@@ -76,7 +76,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Orders:
+class TransferTask:
     """What one leader needs to know of a transfer.
 
     Attributes
@@ -97,7 +97,7 @@ class Orders:
     attempt: int = 1
 
 
-def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
+def plan(manifest: Manifest, surveys: Mapping[int, DomainSurvey]) -> Plan:
     """Decide.
 
     Parameters
@@ -141,7 +141,7 @@ def plan(manifest: Manifest, surveys: Mapping[int, Survey]) -> Plan:
     return Plan(pieces, lacks, {leader: tuple(numbers) for leader, numbers in reads.items()})
 
 
-def _check_readable(manifest: Manifest, surveys: Mapping[int, Survey], indices: Sequence[int]) -> None:
+def _check_readable(manifest: Manifest, surveys: Mapping[int, DomainSurvey], indices: Sequence[int]) -> None:
     """Raise when nobody can read files that nobody has: why the first leader cannot, and which files these are."""
     files = list(manifest.staged())
     lost = [
@@ -155,24 +155,24 @@ def _check_readable(manifest: Manifest, surveys: Mapping[int, Survey], indices: 
         raise type(why)(f"{why}; no node has {len(names)} files: {', '.join(names)}", subject=why.subject)
 
 
-def _reader(piece: Piece, source: int, surveys: Mapping[int, Survey], load: Mapping[int, int]) -> int:
+def _reader(piece: Piece, source: int, surveys: Mapping[int, DomainSurvey], load: Mapping[int, int]) -> int:
     """Choose among those that may read it, best near by: who has most of it already, then who has least to read."""
     near = [leader for leader, held in surveys.items() if held.nearby.issuperset(piece.files)]
     able = near or [leader for leader, held in surveys.items() if _may_read(held, source, piece.files)]
     return min(able, key=lambda leader: (-_held(surveys[leader], piece), load[leader]))
 
 
-def _may_read(held: Survey, source: int, files: Sequence[int]) -> bool:
+def _may_read(held: DomainSurvey, source: int, files: Sequence[int]) -> bool:
     return source not in held.unreachable or held.nearby.issuperset(files)
 
 
-def _holds(held: Survey, piece: Piece) -> bool:
+def _holds(held: DomainSurvey, piece: Piece) -> bool:
     if all(file in held.whole for file in piece.files):
         return True
     return not piece.bundle and piece.size > 0 and _held(held, piece) == piece.size
 
 
-def _held(held: Survey, piece: Piece) -> int:
+def _held(held: DomainSurvey, piece: Piece) -> int:
     """Bytes of a piece that are there in part of a file."""
     if piece.bundle or piece.stop is None:
         return 0

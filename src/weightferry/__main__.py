@@ -1,0 +1,5 @@
+"""``python -m weightferry``: the command ``weightferry``."""
+
+from weightferry.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""``python -m weightferry.cli``."""
+
+from weightferry.cli import main
+
+main()

@@ -1,0 +1,82 @@
+"""Files of a network file system are read in order, once for the node, where memory allows; others are left alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from weightferry.loading import read_ahead as ahead
+from weightferry.loading.read_ahead import is_cached, read_ahead
+
+SIZE = 40 << 20
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Path:
+    """A file that is on the disk and not in memory."""
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(SIZE))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(path):
+        pytest.skip("this file system keeps everything in memory")
+    return path
+
+
+@pytest.fixture
+def _remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "is_local", lambda _: False)
+
+
+def nothing() -> None:
+    pass
+
+
+def test_local_files_are_left_to_the_kernel(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "is_local", lambda _: True)
+    assert read_ahead([cold], 0, 1, nothing) == 0
+    assert not is_cached(cold)
+
+
+@pytest.mark.usefixtures("_remote")
+def test_the_ranks_of_a_node_read_it_once_together(cold: Path) -> None:
+    read = [ahead._read(cold, place, 3, nothing) for place in range(3)]
+    assert sum(read) == SIZE
+    assert max(read) - min(read) <= 1
+    assert is_cached(cold)
+    assert read_ahead([cold], 0, 3, nothing) == 0, "it is there already"
+
+
+@pytest.mark.usefixtures("_remote")
+def test_more_than_fits_is_not_read(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "available_memory", lambda: SIZE)
+    assert read_ahead([cold], 0, 1, nothing) == 0
+    monkeypatch.setattr(ahead, "available_memory", lambda: 3 * SIZE)
+    assert read_ahead([cold, cold], 0, 1, nothing) == SIZE
+
+
+def test_what_counts_is_where_a_link_leads(cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "local/link"
+    link.parent.mkdir()
+    link.symlink_to(cold)
+    monkeypatch.setattr(ahead, "is_local", lambda folder: folder == link.parent)
+    assert read_ahead([link], 0, 1, nothing) == SIZE
+
+
+@pytest.mark.usefixtures("_remote")
+def test_it_ends_with_the_operation(cold: Path) -> None:
+    class Over(Exception):
+        pass
+
+    def over() -> None:
+        raise Over
+
+    with pytest.raises(Over):
+        read_ahead([cold], 0, 1, over)
+
+
+def test_memory_is_known_here() -> None:
+    assert ahead.available_memory() > 1 << 20

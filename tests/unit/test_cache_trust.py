@@ -1,0 +1,197 @@
+"""Cache folders that somebody else may have planted are refused; those that an administrator made are not."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from weightferry.cache.evict import evict
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.lock_support import LockSupport
+from weightferry.cache.partial import PartialFile
+from weightferry.cache.partial_cleanup import sweep
+from weightferry.cache.permissions import make_folder, touch
+from weightferry.cache.trust import prepare
+from weightferry.cache.usage import use
+from weightferry.errors import BadRequest
+
+NOBODY = pwd.getpwnam("nobody")
+OTHER = 4242
+
+
+def as_user(work: Callable[[], object], *, groups: tuple[int, ...] = ()) -> str:
+    """Run something as the user nobody, in a fork; what it raises, as text."""
+    need(os.geteuid() == 0, "to be two users needs the right to become them: run this test as root")
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            os.setgroups(groups)
+            os.setgid(NOBODY.pw_gid)
+            os.setuid(NOBODY.pw_uid)
+            work()
+        except BaseException as error:  # noqa: BLE001 -- told
+            said = f"{type(error).__name__}: {error}"
+        os.write(into, said.encode())
+        os._exit(0)
+    os.close(into)
+    os.waitpid(child, 0)
+    with os.fdopen(out) as said_there:
+        return said_there.read()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that every user may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def check(root: Path, *, groups: tuple[int, ...] = ()) -> str:
+    return as_user(lambda: prepare(CacheLayout(root)), groups=groups)
+
+
+def test_a_new_cache_is_its_users_alone(tmp_path: Path) -> None:
+    prepare(CacheLayout(tmp_path / "a/cache"))
+    assert (tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
+    prepare(CacheLayout(tmp_path / "a/cache"))
+
+
+def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(BadRequest, match="anybody may write"):
+        prepare(CacheLayout(tmp_path))
+    tmp_path.chmod(0o1777)
+    prepare(CacheLayout(tmp_path))
+
+
+def test_a_stranger_below_a_folder_that_anybody_may_write_to(place: Path) -> None:
+    """Notes there would be believed."""
+    root = place / "cache"
+    (root / "verified").mkdir(parents=True)
+    root.chmod(0o1777)
+    os.chown(root / "verified", OTHER, OTHER)
+    assert f"belongs to user {OTHER}" in check(root)
+    os.chown(root / "verified", NOBODY.pw_uid, NOBODY.pw_gid)
+    assert check(root) == ""
+
+
+def test_what_is_made_follows_the_folder_and_not_the_umask(tmp_path: Path) -> None:
+    for mode, folder, file in ((0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o755, 0o755, 0o644)):
+        root = tmp_path / f"{mode:o}"
+        root.mkdir()
+        root.chmod(mode)
+        umask = os.umask(0o077)
+        try:
+            make_folder(root / "a/b")
+            touch(root / "a/b/file")
+        finally:
+            os.umask(umask)
+        seen = [stat.S_IMODE((root / path).stat().st_mode) for path in ("a", "a/b", "a/b/file")]
+        assert seen == [folder, folder, file]
+
+
+def test_a_foreign_folder(place: Path) -> None:
+    root = place / "cache"
+    root.mkdir()
+    os.chown(root, OTHER, OTHER)
+    assert f"belongs to user {OTHER}" in check(root)
+    os.chown(root, 0, 0)
+    assert check(root) == "", "what root made is meant for all"
+    os.chown(root, NOBODY.pw_uid, OTHER)
+    assert check(root) == ""
+
+
+def test_a_folder_of_a_group(place: Path) -> None:
+    root = place / "cache"
+    root.mkdir()
+    root.chmod(0o2770)
+    os.chown(root, OTHER, OTHER)
+    assert "belongs to user" in check(root)
+    assert check(root, groups=(OTHER,)) == ""
+
+
+def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
+    (place / "elsewhere").mkdir()
+    os.chown(place / "elsewhere", NOBODY.pw_uid, NOBODY.pw_gid)
+    common = place / "common"
+    common.mkdir()
+    common.chmod(0o1777)
+    link = common / "cache"
+    link.symlink_to(place / "elsewhere")
+    os.lchown(link, OTHER, OTHER)
+    assert f"user {OTHER} put into a folder" in check(link)
+    assert "put into a folder" in check(link / "below")
+    os.lchown(link, NOBODY.pw_uid, NOBODY.pw_gid)
+    assert check(link) == ""
+
+
+def test_private_stays_private(place: Path) -> None:
+    """What root staged for itself, nobody else reads."""
+    root = place / "cache"
+    prepare(CacheLayout(root))
+    (root / "blob").write_bytes(b"secret")
+    assert "PermissionError" in as_user((root / "blob").read_bytes)
+
+
+class TestLinks:
+    """What a colleague, or the user whose cache root looks after, puts in the way leads nowhere."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        """What must stay as it is."""
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/thesis").write_bytes(b"years")
+        (tmp_path / "home/.notes").write_bytes(b"more")
+        (tmp_path / "home/folder").mkdir()
+        for path in (tmp_path / "home").iterdir():
+            os.utime(path, (1, 1))
+        return tmp_path / "home"
+
+    @pytest.fixture
+    def layout(self, tmp_path: Path) -> CacheLayout:
+        for name in ("hub/models--o--bait", "partial", "verified", "used"):
+            (tmp_path / "cache" / name).mkdir(parents=True)
+        return CacheLayout(tmp_path / "cache")
+
+    def test_nothing_is_swept_or_evicted_through_one(self, layout: CacheLayout, home: Path) -> None:
+        for name in ("partial/x", "verified/x", "hub/models--o--bait/snapshots", "hub/models--o--bait/blobs", "hub/x"):
+            (layout.root / name).symlink_to(home)
+        sweep(layout, (), 0, LockSupport(), ["x"])
+        evict(layout, -1)
+        assert sorted(path.name for path in home.iterdir()) == [".notes", "folder", "thesis"]
+
+    def test_nothing_is_made_through_one(self, layout: CacheLayout, home: Path) -> None:
+        (layout.root / "probe.lock").symlink_to(home / "evil")
+        (layout.root / "used/models--o--bait.lock").symlink_to(home / "evil")
+        evict(layout, -1)
+        use(layout.used_lock("models--o--bait"), lambda: None)
+        with pytest.raises(OSError, match="symbolic links"):
+            touch(layout.probe)
+        assert not (home / "evil").exists()
+
+    def test_partial_data_is_not_written_into_one(self, layout: CacheLayout, home: Path) -> None:
+        (layout.partial / "m").mkdir()
+        (layout.partial / "m/key").symlink_to(home / "thesis")
+        PartialFile(layout.partial / "m/key", 3, "key").write(0, b"abc")
+        assert (home / "thesis").read_bytes() == b"years"
+        assert (layout.partial / "m/key").read_bytes() == b"abc"
+
+    def test_a_folder_of_the_cache_that_a_stranger_linked(self, place: Path) -> None:
+        root = place / "cache"
+        root.mkdir()
+        os.chown(root, NOBODY.pw_uid, NOBODY.pw_gid)
+        (root / "hub").symlink_to("/tmp")
+        os.lchown(root / "hub", OTHER, OTHER)
+        assert f"a link that user {OTHER} put" in check(root)
+        os.lchown(root / "hub", NOBODY.pw_uid, NOBODY.pw_gid)
+        assert check(root) == ""

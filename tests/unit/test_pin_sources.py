@@ -1,0 +1,161 @@
+"""From asks to a manifest: one call per root, patterns, and what is found where."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.unit.doubles import FakeMonitor
+from weightferry.errors import BadRequest, CollectError, OriginError, SourceNotFound
+from weightferry.origins.base import TransientOriginError, origin_for
+from weightferry.origins.pin_sources import Resolution, files_of, resolve
+from weightferry.settings import Settings
+from weightferry.sources import SourceRequest
+from weightferry.testing.origin import FakeOrigin, Fault
+
+FILES = {"config.json": b"{}", "m.bin": b"123", "onnx/a.onnx": b"1", "onnx/b.txt": b"22", "onnx2/c.onnx": b"4"}
+
+
+class Resolving:
+    def __init__(self, settings: Settings, monitor: FakeMonitor) -> None:
+        self.origin, self.settings, self.monitor = FakeOrigin(FILES), settings, monitor
+
+    def __call__(self, *requests: SourceRequest) -> Resolution:
+        return resolve(requests, self.settings, self.monitor, self.origin.factory)
+
+
+@pytest.fixture
+def resolving(settings: Settings, monitor: FakeMonitor) -> Resolving:
+    return Resolving(settings, monitor)
+
+
+def test_one_call_for_all_files_of_a_root(resolving: Resolving) -> None:
+    requests = [
+        SourceRequest.of("hf://org/m", "m.bin"),
+        SourceRequest.of("org/m", "config.json"),
+        SourceRequest.of("hf://org/m/onnx"),
+    ]
+    got = resolving(*requests)
+    assert resolving.origin.resolves == [("org/m", ("m.bin", "config.json", "onnx"))]
+    (pinned,) = got.manifest.sources
+    assert {file.path for file in pinned.files} == {"m.bin", "config.json", "onnx/a.onnx", "onnx/b.txt"}
+    assert [got.found[request].path for request in requests] == ["m.bin", "config.json", "onnx"]
+    assert [got.found[request].files for request in requests] == [
+        ("m.bin",),
+        ("config.json",),
+        ("onnx/a.onnx", "onnx/b.txt"),
+    ]
+
+
+def test_revisions_and_roots_are_apart(resolving: Resolving) -> None:
+    got = resolving(
+        SourceRequest.of("hf://org/m@a"),
+        SourceRequest.of("hf://org/m@b"),
+        SourceRequest.of("s3://bucket/m"),
+        SourceRequest.of("org/n"),
+    )
+    assert [root for root, _ in resolving.origin.resolves] == ["org/m", "org/m", "s3://bucket/m", "org/n"]
+    assert [what.source for what in got.found.values()] == [0, 1, 2, 3]
+
+
+def test_one_path_asked_for_twice_is_asked_once(resolving: Resolving) -> None:
+    resolving(
+        SourceRequest.of("org/m", "m.bin"),
+        SourceRequest.of("org/m/m.bin"),
+        SourceRequest.of("org/m", "m.bin", allow="*"),
+    )
+    assert resolving.origin.resolves == [("org/m", ("m.bin",))]
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        ("allow", "ignore", "kept"),
+        [
+            (None, None, set(FILES)),
+            ("*.onnx", None, {"onnx/a.onnx", "onnx2/c.onnx"}),
+            (["*.json", "m*"], None, {"config.json", "m.bin"}),
+            (None, ["onnx/*", "onnx2/*"], {"config.json", "m.bin"}),
+            ("onnx/", "*.txt", {"onnx/a.onnx"}),
+        ],
+    )
+    def test_as_in_snapshot_download(self, resolving: Resolving, allow, ignore, kept: set[str]) -> None:
+        request = SourceRequest.of("org/m", allow=allow, ignore=ignore)
+        got = resolving(request)
+        assert set(got.found[request].files) == kept
+        assert {file.path for file in files_of(got.found[request], got.manifest)} == kept
+        assert {file.path for file in got.manifest.sources[0].files} == kept, "nothing else is staged"
+
+    def test_no_match_is_an_error(self, resolving: Resolving) -> None:
+        with pytest.raises(BadRequest, match="none of its 5 files matches"):
+            resolving(SourceRequest.of("org/m", allow="*.gguf"))
+
+    def test_a_folder_is_no_prefix(self, resolving: Resolving) -> None:
+        request = SourceRequest.of("org/m", "onnx")
+        assert resolving(request).found[request].files == ("onnx/a.onnx", "onnx/b.txt")
+
+
+def test_transient_errors_are_tried_again(resolving: Resolving) -> None:
+    resolving.origin.faults.append(Fault(on="resolve", times=2, error=TransientOriginError("503")))
+    resolving(SourceRequest.of("org/m"))
+    assert len(resolving.origin.resolves) == 3
+    resolving.origin.faults.append(Fault(on="resolve", times=None, error=TransientOriginError("503")))
+    with pytest.raises(OriginError, match="attempts in a row"):
+        resolving(SourceRequest.of("org/m"))
+
+
+def test_what_is_missing(resolving: Resolving) -> None:
+    with pytest.raises(SourceNotFound, match=r"'m\.bim' there; closest there: m\.bin"):
+        resolving(SourceRequest.of("org/m", "m.bim"))
+
+
+def test_an_error_that_names_nothing_gets_the_source(resolving: Resolving) -> None:
+    resolving.origin.faults.append(Fault(on="resolve", error=OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output") as raised:
+        resolving(SourceRequest.of("hf://org/m", "m.bin"))
+    assert getattr(raised.value, "_weightferry_subject", "") == "hf://org/m/m.bin"
+
+
+def test_bad_text_makes_no_call(resolving: Resolving) -> None:
+    with pytest.raises(BadRequest):
+        resolving(SourceRequest.of("org/m", "m.bin"), SourceRequest.of("org/m", "../x"))
+    assert resolving.origin.resolves == []
+
+
+class TestWhatIsSaid:
+    def test_guesses(self, resolving: Resolving, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        caplog.set_level(logging.INFO)
+        resolving(SourceRequest.of("org/m"))
+        assert "org/m is no local folder: taken for a repository" in caplog.text
+        caplog.clear()
+        Path("org/m").mkdir(parents=True)
+        resolving(SourceRequest.of("org/m"))
+        assert "org/m is a local folder" in caplog.text
+        caplog.clear()
+        resolving(SourceRequest.of("hf://org/m"))
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize("scheme", ["nosuchscheme", "python"])
+def test_a_scheme_that_nobody_serves(settings: Settings, monitor: FakeMonitor, scheme: str) -> None:
+    with pytest.raises(BadRequest, match=scheme):
+        resolve([SourceRequest.of(f"{scheme}://x/y")], settings, monitor)
+
+
+def test_a_scheme_whose_package_is_missing_says_what_to_install(
+    settings: Settings, monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightferry.origins.fsspec.url_to_fs", _not_installed)
+    with pytest.raises(CollectError, match=r"pip install 'weightferry\[s3\]'"):
+        resolve([SourceRequest.of("s3://bucket/y")], settings, monitor)
+
+
+def _not_installed(_: str) -> None:
+    raise ImportError("Install s3fs to access S3")
+
+
+def test_every_scheme_has_an_origin(settings: Settings) -> None:
+    kinds = {scheme: type(origin_for(scheme, settings)).__name__ for scheme in ("hf", "https", "file", "s3")}
+    assert kinds == {"hf": "HubOrigin", "https": "HttpOrigin", "file": "FilesystemOrigin", "s3": "FsspecOrigin"}
