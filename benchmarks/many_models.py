@@ -25,24 +25,24 @@ from weightferry.cache.publish import publish, show
 from weightferry.cache.space import make_room
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
 FILES = 10
 
 
-def model(name: str) -> tuple[Pinned, dict[str, bytes]]:
+def model(name: str) -> tuple[PinnedSource, dict[str, bytes]]:
     """Make up a model of some small files, and one that is hashed only when it changes."""
     content = {f"part{number}": f"{name}/{number}".encode() * 50 for number in range(FILES - 1)}
     content["weights"] = name.encode() * (3_000_000 // len(name))
     files = tuple(
         File(path, len(data), Checksum("sha256", hashlib.sha256(data).hexdigest())) for path, data in content.items()
     )
-    return Pinned(Source("hf", f"org/{name}"), hashlib.sha1(name.encode()).hexdigest(), files), content  # noqa: S324
+    return PinnedSource(Source("hf", f"org/{name}"), hashlib.sha1(name.encode()).hexdigest(), files), content  # noqa: S324
 
 
-def fill(layout: CacheLayout, models: int) -> Pinned:
+def fill(layout: CacheLayout, models: int) -> PinnedSource:
     """Stage models as a leader does; return the last. The big file of all others is empty: only its entry counts."""
     for number in range(models):
         pinned, content = model(f"m{number}")
@@ -55,7 +55,7 @@ def fill(layout: CacheLayout, models: int) -> Pinned:
     return pinned
 
 
-def survey(layout: CacheLayout, pinned: Pinned, settings: Settings) -> None:
+def survey(layout: CacheLayout, pinned: PinnedSource, settings: Settings) -> None:
     """What a leader does between resolve and transfer."""
     surveyor = CacheSurveyor(layout, Manifest((pinned,)), FileLocks(LockTimeouts(5), lambda: None))
     seen = surveyor.survey()

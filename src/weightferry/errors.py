@@ -45,7 +45,7 @@ _PHASE, _SUBJECT = "_weightferry_phase", "_weightferry_subject"
 
 
 @contextmanager
-def at(phase: str = "", subject: str = "") -> Iterator[None]:
+def error_context(phase: str = "", subject: str = "") -> Iterator[None]:
     """Note on any exception that leaves this context which phase and which file it belongs to; the innermost wins."""
     try:
         yield
@@ -89,7 +89,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int, host: str, phase: str, role: str = "") -> Failure:
-        """Describe `error`, raised in `phase` on `rank`; what `at` noted on it is more precise and wins."""
+        """Describe `error`, raised in `phase` on `rank`; what `error_context` noted on it is more precise and wins."""
         return cls(
             rank=rank,
             host=host,
@@ -254,14 +254,14 @@ def from_failures(failures: dict[int, Failure], operation: str = "", *, brief: b
     lines = [f"{operation} failed in {first}".lstrip()]
     same = [other for other in others if (other.kind, other.message) == (first.kind, first.message)]
     if same:
-        lines.append(f"  the same on ranks {ranges([f.rank for f in same])}")
+        lines.append(f"  the same on ranks {format_ranks([f.rank for f in same])}")
     lines += [f"  and in {other}" for other in others if other not in same]
     if brief and len(lines) > _BRIEF:
         lines[_BRIEF:] = [f"  and {len(lines) - _BRIEF} more: the log of rank 0 says all"]
     return kind("\n".join(lines), subject=first.subject, failures=failures)
 
 
-def cause_to_show(error: BaseException | None) -> BaseException | None:
+def safe_cause(error: BaseException | None) -> BaseException | None:
     """Return `error` if its traceback gives no secret away; otherwise None: `Failure` has it, without the secret."""
     if error is None:
         return None
@@ -269,7 +269,7 @@ def cause_to_show(error: BaseException | None) -> BaseException | None:
     return error if redact(text) == text else None
 
 
-def ranges(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     """Write ranks as people do: ``0-3, 7``."""
     ordered = sorted(ranks)
     runs: list[list[int]] = []

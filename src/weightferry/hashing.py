@@ -31,7 +31,7 @@ class Checksum:
     hexdigest: str
 
     @classmethod
-    def read(cls, text: str) -> Checksum | None:
+    def parse(cls, text: str) -> Checksum | None:
         """Tell the algorithm by the number of digits; None where the text is no checksum."""
         for algorithm, digits in _DIGITS.items():
             if len(text) == digits:
@@ -85,11 +85,11 @@ class Hashes:
         return self._sha256.hexdigest()
 
     @property
-    def got(self) -> str:
+    def hexdigest(self) -> str:
         """What came so far, by the algorithm that the origin uses."""
         return self._git.hexdigest() if self._git is not None else self.sha256
 
     @property
-    def right(self) -> bool:
+    def matches(self) -> bool:
         """Whether the bytes are the promised ones; True where nothing was promised."""
-        return self._expected is None or self.got == self._expected.hexdigest
+        return self._expected is None or self.hexdigest == self._expected.hexdigest

@@ -49,7 +49,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Pinned:
+class PinnedSource:
     """A source with its commit pinned and its wanted files listed.
 
     Attributes
@@ -94,9 +94,9 @@ class Pinned:
 class Manifest:
     """All sources of one operation, pinned by one rank and shared with all."""
 
-    sources: tuple[Pinned, ...]
+    sources: tuple[PinnedSource, ...]
 
-    def staged(self) -> Iterator[tuple[Pinned, File]]:
+    def staged(self) -> Iterator[tuple[PinnedSource, File]]:
         """Every file that must be in the cache of every domain."""
         for pinned in self.sources:
             if not pinned.in_place:
@@ -104,7 +104,7 @@ class Manifest:
                     yield pinned, file
 
     @cached_property
-    def same_as(self) -> tuple[int, ...]:
+    def first_with_content(self) -> tuple[int, ...]:
         """For each staged file the first with its content in its source: two names of it are one blob in the cache."""
         first: dict[tuple[int, str], int] = {}
         return tuple(
@@ -113,7 +113,7 @@ class Manifest:
 
     def contents(self) -> tuple[int, ...]:
         """Places of the staged files, each content of a source once."""
-        return tuple(dict.fromkeys(self.same_as))
+        return tuple(dict.fromkeys(self.first_with_content))
 
     def source_of(self, index: int) -> int:
         """Place in `sources` of the staged file at place `index`."""

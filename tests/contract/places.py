@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from huggingface_hub import close_session, constants
 
-from weightferry.manifest import Pinned
+from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Busy, Origin, TransientOriginError, origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source, SourceRequest, parse_source
@@ -54,12 +54,12 @@ def made(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return kind(Settings(cache_dir=tmp_path / "cache", connect_timeout=5, read_timeout=5), tmp_path, monkeypatch)
 
 
-def resolve(place: Any, *paths: str) -> Pinned:
-    pinned: Pinned = place.origin.resolve(place.source(), list(paths))
+def resolve(place: Any, *paths: str) -> PinnedSource:
+    pinned: PinnedSource = place.origin.resolve(place.source(), list(paths))
     return pinned
 
 
-def read(place: Any, pinned: Pinned, path: str, *span: int | None) -> bytes:
+def read(place: Any, pinned: PinnedSource, path: str, *span: int | None) -> bytes:
     with place.origin.read(pinned, path, *span) as chunks:
         return b"".join(chunks)
 

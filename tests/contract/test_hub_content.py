@@ -16,7 +16,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from tests.contract.places import meaning, point_at
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
-from weightferry.manifest import Pinned
+from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Origin, Silent, TransientOriginError, origin_for
 from weightferry.origins.transport import httpx
 from weightferry.settings import Settings
@@ -35,7 +35,7 @@ class Reading:
 
     hub: HubServer
     origin: Origin
-    pinned: Pinned = field(init=False)
+    pinned: PinnedSource = field(init=False)
 
     def __post_init__(self) -> None:
         self.hub.add_repo("org/model", FILES)
@@ -166,45 +166,45 @@ class TestLinks:
 
 
 class TestReach:
-    def reach(self, reading: Reading, text: str = "hf://org/model") -> None:
-        reading.origin.reach(meaning(text))
+    def check_access(self, reading: Reading, text: str = "hf://org/model") -> None:
+        reading.origin.check_access(meaning(text))
 
     @pytest.mark.parametrize("text", ["", "/model.safetensors", "/gone.bin", "@gone"])
     def test_a_repository_that_may_be_read(self, reading: Reading, text: str) -> None:
-        self.reach(reading, f"hf://org/model{text}")
+        self.check_access(reading, f"hf://org/model{text}")
         assert reading.asked() == {"redirect": 1}
 
     @pytest.mark.parametrize("closed", [{"gated": True}, {"private": True}])
     def test_one_that_needs_a_token(self, reading: Reading, closed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         reading.hub.add_repo("org/model", FILES, allowed_tokens=["hf_good"], **closed)
         with pytest.raises(AccessDenied, match="this rank has no token"):
-            self.reach(reading)
+            self.check_access(reading)
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
         with pytest.raises(AccessDenied):
-            self.reach(reading)
+            self.check_access(reading)
         monkeypatch.setenv("HF_TOKEN", "hf_good")
-        self.reach(reading)
+        self.check_access(reading)
 
     def test_one_that_is_not_there(self, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_any")
         with pytest.raises(SourceNotFound):
-            self.reach(reading, "hf://org/other")
+            self.check_access(reading, "hf://org/other")
 
     def test_offline(self, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(OriginError, match="HF_HUB_OFFLINE"):
-            self.reach(reading)
+            self.check_access(reading)
 
     def test_a_hub_that_says_nothing(self, make: Make) -> None:
         reading = make(read_timeout=0.2)
         reading.hub.faults.add(Fault(delay=float("inf")))
         with pytest.raises(Silent):
-            self.reach(reading)
+            self.check_access(reading)
 
     def test_a_hub_that_is_busy(self, reading: Reading) -> None:
         reading.hub.faults.add(Fault(status=429, times=None))
         with pytest.raises(TransientOriginError, match="429"):
-            self.reach(reading)
+            self.check_access(reading)
         assert len(reading.hub.requests) == 1
 
 

@@ -100,14 +100,14 @@ class TestHttp:
 
     def test_a_signed_url_is_reached_by_get(self, http: HttpPlace) -> None:
         http.web.methods = {"GET"}
-        http.origin.reach(http.source("config.json"))
+        http.origin.check_access(http.source("config.json"))
         with pytest.raises(SourceNotFound):
-            http.origin.reach(http.source("gone.json"))
+            http.origin.check_access(http.source("gone.json"))
 
     @pytest.mark.parametrize("status", [403, 404, 405])
     def test_what_is_above_files_may_answer_as_it_likes(self, http: HttpPlace, status: int) -> None:
         http.answer(status, {})
-        http.origin.reach(replace(http.source("config.json"), path=""))
+        http.origin.check_access(replace(http.source("config.json"), path=""))
 
     def test_a_proxy_of_the_environment_is_used(self, http: HttpPlace, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("http_proxy", http.web.url)
@@ -276,7 +276,7 @@ class TestBackEnds:
             next(chunks)
         assert type(raised.value) is ours
         with pytest.raises(ours):
-            origin.reach(poor)
+            origin.check_access(poor)
 
 
 class TestFake:
@@ -304,9 +304,9 @@ class TestFake:
         origin, source = FakeOrigin(FILES), meaning("fake://bucket")
         origin.faults.append(Fault(on="reach", error=Unreachable("nobody there")))
         with pytest.raises(Unreachable):
-            origin.reach(source)
-        origin.reach(source)
-        assert origin.reaches == [source, source]
+            origin.check_access(source)
+        origin.check_access(source)
+        assert origin.access_checks == [source, source]
         origin.close()
         assert origin.closed == 1
 

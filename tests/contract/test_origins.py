@@ -14,7 +14,7 @@ import pytest
 from tests.contract.places import FakePlace, FolderPlace, HttpPlace, HubPlace, MemoryPlace, Place, made, read, resolve
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
 from weightferry.hashing import Hashes
-from weightferry.manifest import Pinned
+from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Busy, TransientOriginError, Unreachable
 
 BIG = bytes(range(256)) * 400
@@ -44,7 +44,7 @@ failing = fixture(HubPlace, HttpPlace, FakePlace)
 served = fixture(HubPlace, HttpPlace)
 
 
-def take(place: Any, pinned: Pinned, path: str, into: bytearray) -> None:
+def take(place: Any, pinned: PinnedSource, path: str, into: bytearray) -> None:
     with place.origin.read(pinned, path) as chunks:
         for chunk in chunks:
             into += chunk
@@ -64,7 +64,7 @@ class TestResolve:
         for file in resolve(place, *FILES).files:
             hashes = Hashes(file.checksum, file.size)
             hashes.update(FILES[file.path])
-            assert hashes.right
+            assert hashes.matches
 
     def test_the_same_again_has_the_same_names(self, place: Place) -> None:
         assert resolve(place, *FILES) == resolve(place, *FILES)
@@ -163,27 +163,27 @@ class TestRead:
 
     def test_a_file_that_went_away(self, place: Place) -> None:
         pinned = resolve(place, "config.json")
-        gone = Pinned(pinned.source, pinned.commit, (type(pinned.files[0])("gone.json", 8, version="1"),))
+        gone = PinnedSource(pinned.source, pinned.commit, (type(pinned.files[0])("gone.json", 8, version="1"),))
         with pytest.raises(SourceNotFound):
             read(place, gone, "gone.json")
 
 
 class TestReach:
     def test_the_root_and_a_file(self, place: Place) -> None:
-        place.origin.reach(place.source("config.json"))
-        place.origin.reach(replace(place.source("config.json"), path=""))
+        place.origin.check_access(place.source("config.json"))
+        place.origin.check_access(replace(place.source("config.json"), path=""))
 
     def test_no_more_than_one_question(self, served: Any) -> None:
         served.answer(503, {"Retry-After": "7"})
         with pytest.raises(TransientOriginError) as raised:
-            served.origin.reach(served.source("config.json"))
+            served.origin.check_access(served.source("config.json"))
         assert raised.value.retry_after == 7
-        served.origin.reach(served.source("config.json"))
+        served.origin.check_access(served.source("config.json"))
 
     def test_without_the_right_to_read(self, served: Any) -> None:
         served.answer(401, {})
         with pytest.raises(AccessDenied):
-            served.origin.reach(replace(served.source("config.json"), path=""))
+            served.origin.check_access(replace(served.source("config.json"), path=""))
 
 
 def test_closing_twice(place: Place) -> None:
@@ -240,7 +240,7 @@ class TestStatus:
         for call in (
             lambda: resolve(served, "config.json"),
             lambda: read(served, pinned, "config.json"),
-            lambda: served.origin.reach(served.source()),
+            lambda: served.origin.check_access(served.source()),
         ):
             with pytest.raises(Unreachable):
                 call()

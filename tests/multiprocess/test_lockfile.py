@@ -133,10 +133,10 @@ def test_an_index_of_shards_is_read_from_the_cache(nodes: Nodes) -> None:
 
 
 def test_no_signature_is_locked(tmp_path: Path) -> None:
-    from weightferry.manifest import Manifest, Pinned
+    from weightferry.manifest import Manifest, PinnedSource
     from weightferry.origins.lockfile import Lockfile
     from weightferry.sources import Source
 
-    signed = Pinned(Source("https", "https://host/a", "m.bin", query="X-Amz-Signature=secret"), "", ())
+    signed = PinnedSource(Source("https", "https://host/a", "m.bin", query="X-Amz-Signature=secret"), "", ())
     with pytest.raises(weightferry.BadRequest, match="signature"):
         Lockfile.text(Manifest((signed,)))

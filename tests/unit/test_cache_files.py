@@ -23,7 +23,7 @@ from weightferry.cache.survey import DomainSurvey, is_complete, known_sha256
 from weightferry.cache.verified_notes import is_verified, note_verified
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.sources import Source
 from weightferry.testing.origin import FakeOrigin
 
@@ -32,8 +32,8 @@ COMMIT = "c0" * 20
 FILE = File("onnx/m.bin", 3, Checksum("sha256", SHA))
 
 
-def pinned(source: Source, *files: File, commit: str = COMMIT) -> Pinned:
-    return Pinned(source, commit, files or (FILE,))
+def pinned(source: Source, *files: File, commit: str = COMMIT) -> PinnedSource:
+    return PinnedSource(source, commit, files or (FILE,))
 
 
 def surveyed(layout: CacheLayout, manifest: Manifest) -> DomainSurvey:
@@ -213,7 +213,7 @@ class TestWriteWhole:
 
 
 class TestPublishAndSurvey:
-    def put(self, layout: CacheLayout, manifest: Manifest, content: bytes) -> tuple[Pinned, File]:
+    def put(self, layout: CacheLayout, manifest: Manifest, content: bytes) -> tuple[PinnedSource, File]:
         here, file = next(manifest.staged())
         partial = layout.new_partial(here, file)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
     """Equal size and a right name prove nothing."""
     content = b"right" * 300_000
     checksum = Checksum("sha256", hashlib.sha256(content).hexdigest())
-    here = Pinned(hub_source(), "0" * 40, (File("w.bin", len(content), checksum),))
+    here = PinnedSource(hub_source(), "0" * 40, (File("w.bin", len(content), checksum),))
     layout, file = CacheLayout(tmp_path), here.files[0]
     partial = layout.new_partial(here, file)
     partial.parent.mkdir(parents=True)

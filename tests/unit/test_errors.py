@@ -19,11 +19,11 @@ from weightferry.errors import (
     OriginError,
     PlanMismatch,
     SourceNotFound,
-    at,
-    cause_to_show,
+    error_context,
+    format_ranks,
     from_failures,
-    ranges,
     redact,
+    safe_cause,
 )
 from weightferry.origins.base import TransientOriginError
 
@@ -82,7 +82,7 @@ class TestFailure:
 
     def test_of_an_exception(self) -> None:
         try:
-            with at("publish", "model.bin"), at("transfer", "elsewhere"):
+            with error_context("publish", "model.bin"), error_context("transfer", "elsewhere"):
                 raise OSError(5, "Input/output error")
         except OSError as error:
             got = Failure.of(error, rank=4, host="node1", phase="link", role="leader of ranks 4-7")
@@ -94,7 +94,7 @@ class TestFailure:
         )
 
     def test_a_subject_of_the_error_itself_wins(self) -> None:
-        with pytest.raises(IntegrityError) as raised, at("transfer", "outer"):
+        with pytest.raises(IntegrityError) as raised, error_context("transfer", "outer"):
             raise IntegrityError("wrong", subject="inner")
         text = str(Failure.of(raised.value, rank=0, host="h", phase="p"))
         assert text == "transfer on h (rank 0): inner: wrong"
@@ -212,7 +212,7 @@ def test_the_first_line_hides_the_environments_token(monkeypatch: pytest.MonkeyP
     ("ranks", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([7, 0, 1, 5, 4], "0-1, 4-5, 7"), ([], "")]
 )
 def test_ranges(ranks: list[int], text: str) -> None:
-    assert ranges(ranks) == text
+    assert format_ranks(ranks) == text
 
 
 def test_a_failure_survives_the_store() -> None:
@@ -221,6 +221,6 @@ def test_a_failure_survives_the_store() -> None:
 
 def test_a_cause_is_shown_unless_its_traceback_holds_a_secret() -> None:
     harmless = ValueError("no such thing")
-    assert cause_to_show(harmless) is harmless
-    assert cause_to_show(ValueError("GET https://user:hunter2@host/x")) is None
-    assert cause_to_show(None) is None
+    assert safe_cause(harmless) is harmless
+    assert safe_cause(ValueError("GET https://user:hunter2@host/x")) is None
+    assert safe_cause(None) is None

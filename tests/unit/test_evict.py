@@ -31,7 +31,7 @@ from weightferry.cache.usage import alone, serialized, use
 from weightferry.cache.verify import verify
 from weightferry.cli import main
 from weightferry.errors import NoSpace, Stalled
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.settings import Settings, byte_count
 from weightferry.sources import Source
 
@@ -173,10 +173,12 @@ def test_what_a_killed_eviction_left_is_swept(three: Cache) -> None:
     assert not list(three.layout.hub.glob(".trash*"))
 
 
-def wanting(layout: CacheLayout, *files: File) -> tuple[CacheSurveyor, list[tuple[Pinned, File]]]:
+def wanting(layout: CacheLayout, *files: File) -> tuple[CacheSurveyor, list[tuple[PinnedSource, File]]]:
     """A leader that has surveyed a cache which lacks these files of a new source."""
     surveyor = CacheSurveyor(
-        layout, Manifest((Pinned(Source("hf", "org/new"), "1" * 40, files),)), FileLocks(LockTimeouts(5), lambda: None)
+        layout,
+        Manifest((PinnedSource(Source("hf", "org/new"), "1" * 40, files),)),
+        FileLocks(LockTimeouts(5), lambda: None),
     )
     surveyor.survey()
     return surveyor, surveyor.files
@@ -184,9 +186,9 @@ def wanting(layout: CacheLayout, *files: File) -> tuple[CacheSurveyor, list[tupl
 
 class TestRoom:
     @pytest.fixture
-    def wanted(self) -> list[tuple[Pinned, File]]:
+    def wanted(self) -> list[tuple[PinnedSource, File]]:
         file = File("w.bin", 2 * KB)
-        return [(Pinned(Source("hf", "org/new"), "1" * 40, (file,)), file)]
+        return [(PinnedSource(Source("hf", "org/new"), "1" * 40, (file,)), file)]
 
     def make(self, cache: Cache, settings: Settings, size: int = 2 * KB) -> None:
         surveyor, lacking = wanting(cache.layout, File("w.bin", size))
@@ -210,7 +212,7 @@ class TestRoom:
             self.make(three, Settings(max_size=4 * KB))
         assert total(three.layout) == 3 * KB
 
-    def refused_beside(self, cache: Cache, *files: File) -> tuple[CacheSurveyor, list[tuple[Pinned, File]]]:
+    def refused_beside(self, cache: Cache, *files: File) -> tuple[CacheSurveyor, list[tuple[PinnedSource, File]]]:
         """While one job brings 3 MB, another one has no room for as much; return that one."""
         first, lacking = wanting(cache.layout, *files)
         make_room(first, lacking, Settings(max_size=5 * MB), lambda: None)
@@ -250,7 +252,7 @@ class TestRoom:
 
     def test_what_a_killed_job_took_for_small_files_is_taken_over(self, cache: Cache) -> None:
         files = [File(f"{number}.bin", 300 * KB) for number in range(10)]
-        path = cache.layout.small_partial(Pinned(Source("hf", "org/new"), "1" * 40, ()))
+        path = cache.layout.small_partial(PinnedSource(Source("hf", "org/new"), "1" * 40, ()))
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(3 * MB))
         surveyor, lacking = wanting(cache.layout, *files)

@@ -13,7 +13,7 @@ from tests.unit.doubles import FakeMonitor, manifest_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.errors import CollectError, IntegrityError, SourceNotFound
 from weightferry.origins.base import origin_for
-from weightferry.origins.pin_sources import RequestedFiles, Resolution, resolve
+from weightferry.origins.pin_sources import RequestedFiles, Resolution, pin_sources
 from weightferry.phases.agree import RankRequest
 from weightferry.phases.link import LinkPlan, VisibilityCheck, agree_on_blocks, check_readable, first_blocks, make_links
 from weightferry.settings import Settings
@@ -33,7 +33,7 @@ class Local:
     def show(
         self, into: Path | None = None, suffix: str | None = None, **requests: SourceRequest
     ) -> tuple[LinkPlan, Resolution]:
-        resolved = resolve(list(requests.values()), self.settings, FakeMonitor(), origin_for)
+        resolved = pin_sources(list(requests.values()), self.settings, FakeMonitor(), origin_for)
         return LinkPlan.of(RankRequest(requests, into, suffix), resolved, self.layout), resolved
 
     def link(self, into: Path | None = None, suffix: str | None = None, **requests: SourceRequest) -> dict[str, Path]:

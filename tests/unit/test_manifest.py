@@ -12,7 +12,7 @@ import pytest
 from tests.unit.doubles import SOURCE, hub_source
 from weightferry.errors import BadRequest
 from weightferry.hashing import Checksum, Hashes
-from weightferry.manifest import File, Manifest, Pinned, listing_commit
+from weightferry.manifest import File, Manifest, PinnedSource, listing_commit
 from weightferry.sources import Source
 
 SHA = hashlib.sha256(b"x").hexdigest()
@@ -27,7 +27,7 @@ def test_an_origin_cannot_make_a_file_climb(path: str) -> None:
 @pytest.mark.parametrize("commit", ["../../x", "..", "a/b", ".", "a b", "a\n"])
 def test_nor_a_commit(commit: str) -> None:
     with pytest.raises(ValueError, match="commit"):
-        Pinned(SOURCE, commit, ())
+        PinnedSource(SOURCE, commit, ())
 
 
 @pytest.mark.parametrize(
@@ -59,22 +59,22 @@ def test_listings_have_commits() -> None:
     one, two = File("a", 1, version="1"), File("b", 2, version="1")
     assert listing_commit([one, two]) == listing_commit([two, one])
     assert len({listing_commit(files) for files in ([one], [two], [one, two], [one, replace(two, version="2")])}) == 4
-    assert Pinned(SOURCE, listing_commit([one]), (one,)).commit.isalnum()
+    assert PinnedSource(SOURCE, listing_commit([one]), (one,)).commit.isalnum()
 
 
 def test_pinned() -> None:
-    here = Pinned(hub_source("main"), "c0" * 20, (File("a", 1), File("b/c", 2)))
+    here = PinnedSource(hub_source("main"), "c0" * 20, (File("a", 1), File("b/c", 2)))
     assert here.name == f"hf://org/model@{'c0' * 20}"
     assert here.file("b/c").size == 2
     with pytest.raises(KeyError):
         here.file("b")
-    signed = Pinned(Source("https", "https://user:pw@h/d", "x", query="X-Amz-Signature=s1gn"), "", ())
+    signed = PinnedSource(Source("https", "https://user:pw@h/d", "x", query="X-Amz-Signature=s1gn"), "", ())
     assert signed.name == "https://h/d"
 
 
 def test_manifest() -> None:
-    local = Pinned(Source("file", "/data"), "", (File("x", 5),))
-    remote = Pinned(SOURCE, "", (File("y", 7), File("z", None)))
+    local = PinnedSource(Source("file", "/data"), "", (File("x", 5),))
+    remote = PinnedSource(SOURCE, "", (File("y", 7), File("z", None)))
     manifest = Manifest((local, remote))
     assert list(manifest.staged()) == [(remote, remote.files[0]), (remote, remote.files[1])]
     assert manifest.size == 12
@@ -89,20 +89,20 @@ class TestHashes:
         except FileNotFoundError:
             pytest.skip("needs git: apt-get install git")
         checksum = Checksum("git-sha1", answer.stdout.strip())
-        assert Hashes(checksum, 13).update_from(tmp_path / "f").right
+        assert Hashes(checksum, 13).update_from(tmp_path / "f").matches
 
     def test_in_parts(self) -> None:
         hashes = Hashes(Checksum("sha256", hashlib.sha256(b"abc").hexdigest()), 3)
         for part in (b"a", b"", b"bc"):
-            assert not hashes.right
+            assert not hashes.matches
             hashes.update(part)
-        assert hashes.right
-        assert hashes.sha256 == hashes.got == hashlib.sha256(b"abc").hexdigest()
+        assert hashes.matches
+        assert hashes.sha256 == hashes.hexdigest == hashlib.sha256(b"abc").hexdigest()
         hashes.update(b"d")
-        assert not hashes.right
+        assert not hashes.matches
 
     def test_without_a_promise_everything_is_right(self) -> None:
-        assert Hashes().right
+        assert Hashes().matches
 
 
 def test_bad_requests_are_value_errors() -> None:

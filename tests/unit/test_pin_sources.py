@@ -10,7 +10,7 @@ import pytest
 from tests.unit.doubles import FakeMonitor
 from weightferry.errors import BadRequest, CollectError, OriginError, SourceNotFound
 from weightferry.origins.base import TransientOriginError, origin_for
-from weightferry.origins.pin_sources import Resolution, files_of, resolve
+from weightferry.origins.pin_sources import Resolution, manifest_entries, pin_sources
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin, Fault
@@ -23,7 +23,7 @@ class Resolving:
         self.origin, self.settings, self.monitor = FakeOrigin(FILES), settings, monitor
 
     def __call__(self, *requests: SourceRequest) -> Resolution:
-        return resolve(requests, self.settings, self.monitor, self.origin.factory)
+        return pin_sources(requests, self.settings, self.monitor, self.origin.factory)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ class TestPatterns:
         request = SourceRequest.of("org/m", allow=allow, ignore=ignore)
         got = resolving(request)
         assert set(got.found[request].files) == kept
-        assert {file.path for file in files_of(got.found[request], got.manifest)} == kept
+        assert {file.path for file in manifest_entries(got.found[request], got.manifest)} == kept
         assert {file.path for file in got.manifest.sources[0].files} == kept, "nothing else is staged"
 
     def test_no_match_is_an_error(self, resolving: Resolving) -> None:
@@ -141,7 +141,7 @@ class TestWhatIsSaid:
 @pytest.mark.parametrize("scheme", ["nosuchscheme", "python"])
 def test_a_scheme_that_nobody_serves(settings: Settings, monitor: FakeMonitor, scheme: str) -> None:
     with pytest.raises(BadRequest, match=scheme):
-        resolve([SourceRequest.of(f"{scheme}://x/y")], settings, monitor)
+        pin_sources([SourceRequest.of(f"{scheme}://x/y")], settings, monitor)
 
 
 def test_a_scheme_whose_package_is_missing_says_what_to_install(
@@ -149,7 +149,7 @@ def test_a_scheme_whose_package_is_missing_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("weightferry.origins.fsspec.url_to_fs", _not_installed)
     with pytest.raises(CollectError, match=r"pip install 'weightferry\[s3\]'"):
-        resolve([SourceRequest.of("s3://bucket/y")], settings, monitor)
+        pin_sources([SourceRequest.of("s3://bucket/y")], settings, monitor)
 
 
 def _not_installed(_: str) -> None:

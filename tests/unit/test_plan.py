@@ -12,7 +12,7 @@ from weightferry.cache.extents import Extents
 from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, OriginUnreachable
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.sources import Source
 from weightferry.transfer.pieces import FRAME, MIB, SMALL, cut, piece_size
 from weightferry.transfer.plan import Plan, plan
@@ -25,7 +25,7 @@ def file(number: int, size: int | None, *, ranges: bool = True) -> File:
 
 
 def manifest(*sizes: int | None) -> Manifest:
-    return Manifest((Pinned(SOURCE, "0" * 40, tuple(file(n, size) for n, size in enumerate(sizes))),))
+    return Manifest((PinnedSource(SOURCE, "0" * 40, tuple(file(n, size) for n, size in enumerate(sizes))),))
 
 
 def check(made: Plan, surveys: Mapping[int, DomainSurvey]) -> None:
@@ -48,7 +48,7 @@ def check(made: Plan, surveys: Mapping[int, DomainSurvey]) -> None:
 def test_files_of_two_sources_are_never_in_one_bundle() -> None:
     """Each is read from its own origin, by somebody who reaches that."""
     sources = [Source("hf", "org/a"), Source("https", "https://host")]
-    manifest = Manifest(tuple(Pinned(source, "1" * 40, (File("x.json", 10),)) for source in sources))
+    manifest = Manifest(tuple(PinnedSource(source, "1" * 40, (File("x.json", 10),)) for source in sources))
     unreachable = OriginUnreachable("no way")
     surveys = {0: DomainSurvey(unreachable={1: unreachable}), 1: DomainSurvey(unreachable={0: unreachable})}
     decided = plan(manifest, surveys)

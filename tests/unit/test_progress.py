@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from weightferry.report import progress
-from weightferry.report.progress import JobProgress, line, shown
+from weightferry.report.progress import JobProgress, progress_line, show_progress
 from weightferry.report.rank_progress import Progress
 
 MB = 1_000_000
@@ -18,25 +18,27 @@ ONE = Progress("transfer", 100 * MB, 0, 400 * MB)
 
 def test_one_node() -> None:
     before, now = JobProgress(0.0, {0: replace(ONE, origin_bytes=0)}), JobProgress(10.0, {0: ONE})
-    assert line(before, now, {0: "h0"}) == "100 MB of 400 MB, 10 MB/s from the origin, 30 s left"
+    assert progress_line(before, now, {0: "h0"}) == "100 MB of 400 MB, 10 MB/s from the origin, 30 s left"
 
 
 def test_several_nodes() -> None:
     before = JobProgress(0.0, {0: Progress("transfer", 0, 0, 400 * MB), 4: Progress("transfer", 0, 0, 400 * MB)})
     now = JobProgress(2.0, {0: Progress("transfer", 50 * MB, 50 * MB, 400 * MB), 4: ONE})
-    said = line(before, JobProgress(2.0, {**now.ranks, 8: Progress("transfer", 0, 40 * MB, 400 * MB)}), {8: "w8"})
+    said = progress_line(
+        before, JobProgress(2.0, {**now.ranks, 8: Progress("transfer", 0, 40 * MB, 400 * MB)}), {8: "w8"}
+    )
     assert said == ("240 MB of 1.2 GB, 75 MB/s from the origin, 45 MB/s between nodes, slowest w8 at 10 %, 8 s left")
 
 
 def test_nothing_yet_and_all_there() -> None:
-    assert line(JobProgress(0, {}), JobProgress(1, {}), {}) == "0 B of 0 B, 0 B/s from the origin"
+    assert progress_line(JobProgress(0, {}), JobProgress(1, {}), {}) == "0 B of 0 B, 0 B/s from the origin"
     done = JobProgress(1, {0: replace(ONE, origin_bytes=400 * MB)})
-    assert "left" not in line(JobProgress(0, {}), done, {})
+    assert "left" not in progress_line(JobProgress(0, {}), done, {})
 
 
 def test_why_nothing_comes() -> None:
-    now = JobProgress(1, {0: Progress("survey", paused="waits for another job")})
-    assert line(JobProgress(0, {}), now, {}).endswith(", waits for another job")
+    now = JobProgress(1, {0: Progress("survey", wait_reason="waits for another job")})
+    assert progress_line(JobProgress(0, {}), now, {}).endswith(", waits for another job")
 
 
 def test_bytes_that_came_twice_are_no_more_than_all() -> None:
@@ -44,14 +46,14 @@ def test_bytes_that_came_twice_are_no_more_than_all() -> None:
 
 
 def test_a_log_gets_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_IN_A_LOG", 0.01)
+    monkeypatch.setattr(progress, "_LOG_INTERVAL", 0.01)
     asked = threading.Semaphore(0)
 
-    def seen() -> dict[int, Progress]:
+    def read_progress() -> dict[int, Progress]:
         asked.release()
         return {0: ONE}
 
-    with caplog.at_level(logging.INFO), shown(seen, {0: "h0"}):
+    with caplog.at_level(logging.INFO), show_progress(read_progress, {0: "h0"}):
         for _ in range(3):
             assert asked.acquire(timeout=30)
     assert "100 MB of 400 MB" in caplog.text
@@ -61,5 +63,5 @@ def test_nobody_who_listens_costs_no_thread() -> None:
     def never() -> dict[int, Progress]:
         raise AssertionError
 
-    with shown(never, {}):
+    with show_progress(never, {}):
         assert "weightferry-progress" not in {thread.name for thread in threading.enumerate()}

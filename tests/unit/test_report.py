@@ -11,7 +11,7 @@ import weightferry
 from weightferry.cluster.coordinator import LocalCoordinator
 from weightferry.phases.agree import RankRequest
 from weightferry.report.run import DomainReport, RunReport
-from weightferry.report.text import size, summary, table
+from weightferry.report.text import format_size, summary, table
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.staging import collect
@@ -81,7 +81,7 @@ def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(count: int, text: str) -> None:
-    assert size(count) == text
+    assert format_size(count) == text
 
 
 def test_summary() -> None:

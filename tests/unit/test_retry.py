@@ -10,7 +10,7 @@ import pytest
 from tests.unit.doubles import FakeMonitor, Over
 from weightferry.errors import OriginError, Stalled
 from weightferry.origins.base import Silent, TransientOriginError, Unreachable
-from weightferry.origins.retry import Retry, retrying
+from weightferry.origins.retry import Retry, call_with_retries
 from weightferry.settings import Settings
 
 REFUSED = TransientOriginError("HTTP 503", subject="x")
@@ -105,7 +105,7 @@ def test_retrying(settings: Settings, monitor: FakeMonitor) -> None:
             raise answers.pop()
         return "here"
 
-    assert retrying(settings, monitor, call) == "here"
+    assert call_with_retries(settings, monitor, call) == "here"
 
 
 @pytest.mark.parametrize("kind", [TransientOriginError, Unreachable, Silent])

@@ -24,7 +24,7 @@ import re
 import secrets
 from pathlib import Path
 
-from weightferry.manifest import File, Pinned
+from weightferry.manifest import File, PinnedSource
 from weightferry.sources import safe_path
 
 _OWN_FOLDERS = ("hub", "objects", "partial", "verified", "used")
@@ -50,10 +50,10 @@ class CacheLayout:
         """What ``HF_HUB_CACHE`` may be set to."""
         return self.root / "hub"
 
-    def _family(self, pinned: Pinned) -> Path:
+    def _family(self, pinned: PinnedSource) -> Path:
         return self.hub if pinned.source.scheme == "hf" else self.root / "objects"
 
-    def _folder_name(self, pinned: Pinned) -> str:
+    def _folder_name(self, pinned: PinnedSource) -> str:
         source = pinned.source
         if source.scheme == "hf":
             return source.repo_folder
@@ -69,7 +69,7 @@ class CacheLayout:
         """The folders that hold sources."""
         return self.hub, self.root / "objects"
 
-    def repo(self, pinned: Pinned) -> Path:
+    def repo(self, pinned: PinnedSource) -> Path:
         """The folder of one source, all its commits."""
         return self._family(pinned) / self._folder_name(pinned)
 
@@ -102,36 +102,36 @@ class CacheLayout:
         """The folder of the notes on its content that was found right."""
         return self.verified / repo.name
 
-    def blob(self, pinned: Pinned, file: File) -> Path:
+    def blob(self, pinned: PinnedSource, file: File) -> Path:
         """Where the content of a file gets its final name."""
         return self.blobs(self.repo(pinned)) / file.key
 
-    def snapshot(self, pinned: Pinned) -> Path:
+    def snapshot(self, pinned: PinnedSource) -> Path:
         """The folder that shows one commit under the files' own names; for local sources the source itself."""
         if pinned.in_place:
             return Path(pinned.source.root)
         return self.snapshots(self.repo(pinned)) / pinned.commit
 
-    def pointer(self, pinned: Pinned, file: File) -> Path:
+    def pointer(self, pinned: PinnedSource, file: File) -> Path:
         """The link to a file's content in the snapshot."""
         return self.snapshot(pinned) / file.path
 
-    def ref(self, pinned: Pinned) -> Path | None:
+    def ref(self, pinned: PinnedSource) -> Path | None:
         """The file that says which commit a branch is at; None where there are no branches, or for a commit itself."""
         revision = pinned.source.revision or "main"
         if pinned.source.scheme != "hf" or revision == pinned.commit:
             return None
         return self.refs(self.repo(pinned)) / safe_path(revision)
 
-    def lock(self, pinned: Pinned, file: File) -> Path:
+    def lock(self, pinned: PinnedSource, file: File) -> Path:
         """The lock that huggingface_hub takes for the same content."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / f"{file.key}.lock"
 
-    def sha256_note(self, pinned: Pinned, file: File) -> Path:
+    def sha256_note(self, pinned: PinnedSource, file: File) -> Path:
         """Where the SHA-256 of a file is kept whose origin publishes no checksum."""
         return self.sha256_of(self.repo(pinned), file.key)
 
-    def verified_note(self, pinned: Pinned, file: File) -> Path:
+    def verified_note(self, pinned: PinnedSource, file: File) -> Path:
         """Where it is noted that a big file was hashed and found right."""
         return self.verified_of(self.repo(pinned)) / file.key
 
@@ -145,11 +145,11 @@ class CacheLayout:
         below = path.resolve()
         return any(below.is_relative_to(folder.resolve()) for folder in self.own_folders())
 
-    def partial_of(self, pinned: Pinned, file: File) -> Path:
+    def partial_of(self, pinned: PinnedSource, file: File) -> Path:
         """Where whoever holds the lock on a file's content keeps its partial data, and finds what a killed one left."""
         return self.partial / self._folder_name(pinned) / file.key
 
-    def new_partial(self, pinned: Pinned, file: File) -> Path:
+    def new_partial(self, pinned: PinnedSource, file: File) -> Path:
         """A name for partial data that nobody else uses: without the lock, writers must still not meet."""
         return self.partial_of(pinned, file).with_name(f"{file.key}.{secrets.token_hex(8)}")
 
@@ -159,11 +159,11 @@ class CacheLayout:
             return ()
         return tuple(family / ".locks" / path.parent.name / f"{path.name}.lock" for family in self.families())
 
-    def small_partial(self, pinned: Pinned) -> Path:
+    def small_partial(self, pinned: PinnedSource) -> Path:
         """What takes the space of all small files of a source until they are there."""
         return self.partial / self._folder_name(pinned) / "small-files"
 
-    def small_lock(self, pinned: Pinned) -> Path:
+    def small_lock(self, pinned: PinnedSource) -> Path:
         """The lock on all small files of a source together."""
         return self._family(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
 

@@ -14,12 +14,14 @@ from weightferry.cache.partial import discard
 from weightferry.cache.permissions import make_folder, touch
 from weightferry.cache.survey import is_complete
 from weightferry.cache.verified_notes import is_on_local_disk, note_verified
-from weightferry.manifest import File, Pinned
+from weightferry.manifest import File, PinnedSource
 
 logger = logging.getLogger(__name__)
 
 
-def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha256: str, *, sync: bool = True) -> None:
+def publish(
+    layout: CacheLayout, pinned: PinnedSource, file: File, partial: Path, sha256: str, *, sync: bool = True
+) -> None:
     """Give checked content its final name.
 
     Parameters
@@ -50,7 +52,7 @@ def publish(layout: CacheLayout, pinned: Pinned, file: File, partial: Path, sha2
     logger.info("published %s/%s", pinned.name, file.path)
 
 
-def show(layout: CacheLayout, pinned: Pinned, places: Mapping[Path, Path] | None = None) -> None:
+def show(layout: CacheLayout, pinned: PinnedSource, places: Mapping[Path, Path] | None = None) -> None:
     """Make the snapshot show every wanted file of `pinned`, and its branch point to the commit.
 
     Parameters
@@ -69,7 +71,7 @@ def show(layout: CacheLayout, pinned: Pinned, places: Mapping[Path, Path] | None
         write_atomically(ref, pinned.commit)
 
 
-def record_staged(layout: CacheLayout, pinned: Pinned) -> None:
+def record_staged(layout: CacheLayout, pinned: PinnedSource) -> None:
     """Note that a commit was staged now: what was longest ago is evicted first."""
     note = layout.used_note(layout.repo(pinned).name, pinned.commit)
     with contextlib.suppress(OSError):

@@ -14,8 +14,8 @@ from weightferry.cache.partial_cleanup import remove_abandoned, sweep, unfinishe
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.cache.usage import serialized
 from weightferry.errors import NoSpace
-from weightferry.manifest import File, Pinned
-from weightferry.report.text import size as told
+from weightferry.manifest import File, PinnedSource
+from weightferry.report.text import format_size
 from weightferry.settings import Settings
 
 _BLOCK = 4096  # bytes that the smallest file takes
@@ -25,7 +25,7 @@ _FOLDERS = 12  # that a new source needs, at most
 
 
 def make_room(
-    surveyor: CacheSurveyor, lacking: Iterable[tuple[Pinned, File]], settings: Settings, check: Callable[[], None]
+    surveyor: CacheSurveyor, lacking: Iterable[tuple[PinnedSource, File]], settings: Settings, check: Callable[[], None]
 ) -> None:
     """Evict until what is missing fits, where the settings allow that, check that it does, and take the space.
 
@@ -59,7 +59,7 @@ def make_room(
 
 
 def _keep_below(
-    surveyor: CacheSurveyor, files: Sequence[tuple[Pinned, File]], mine: Collection[Path], settings: Settings
+    surveyor: CacheSurveyor, files: Sequence[tuple[PinnedSource, File]], mine: Collection[Path], settings: Settings
 ) -> None:
     """Evict until what a cache has, what others bring into it, and `files` are within the settings together."""
     layout, locks = surveyor.layout, surveyor.exclusion
@@ -93,21 +93,21 @@ def _coming(layout: CacheLayout, mine: Collection[Path]) -> int:
 
 
 def _check_size(
-    layout: CacheLayout, files: Sequence[tuple[Pinned, File]], left: int, settings: Settings, locks: LockSupport
+    layout: CacheLayout, files: Sequence[tuple[PinnedSource, File]], left: int, settings: Settings, locks: LockSupport
 ) -> None:
     needed = sum(file.size or 0 for _, file in files)
     if left + needed > settings.max_size:
         raise NoSpace(
-            f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} (max_size)"
+            f"{len(files)} files need {format_size(needed)}, and the cache may have {format_size(settings.max_size)} (max_size)"
             if needed > settings.max_size
-            else f"{len(files)} files need {told(needed)}, and the cache may have {told(settings.max_size)} "
-            f"(max_size): it has {told(left)}, too much of it "
+            else f"{len(files)} files need {format_size(needed)}, and the cache may have {format_size(settings.max_size)} "
+            f"(max_size): it has {format_size(left)}, too much of it "
             + ("in use, on its way, pinned, or somebody else's" if locks.by_flock else f"perhaps in use: {locks.why}"),
             subject=str(layout.root),
         )
 
 
-def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min_free: int) -> None:
+def check_space(layout: CacheLayout, lacking: Iterable[tuple[PinnedSource, File]], min_free: int) -> None:
     """Compare what files will take with what is free, less `min_free` bytes.
 
     Quotas count where the file system tells them as free space (XFS and ext4 project quotas); others show when space
@@ -125,10 +125,10 @@ def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min
     free = there.f_bavail * there.f_frsize
     needed = sum(_takes(layout, pinned, file) for pinned, file in files)
     if needed > free - min_free:
-        kept = f" and {told(min_free)} are to stay free (min_free)" if min_free else ""
+        kept = f" and {format_size(min_free)} are to stay free (min_free)" if min_free else ""
         raise NoSpace(
-            f"{len(files)} files need {told(needed)}, {told(free)} are free{kept}: missing "
-            f"{told(needed - free + min_free)}",
+            f"{len(files)} files need {format_size(needed)}, {format_size(free)} are free{kept}: missing "
+            f"{format_size(needed - free + min_free)}",
             subject=str(layout.root),
         )
     inodes = _INODES_A_FILE * len(files) + _FOLDERS
@@ -139,7 +139,7 @@ def check_space(layout: CacheLayout, lacking: Iterable[tuple[Pinned, File]], min
         )
 
 
-def _takes(layout: CacheLayout, pinned: Pinned, file: File) -> int:
+def _takes(layout: CacheLayout, pinned: PinnedSource, file: File) -> int:
     """Bytes that a file will take beyond those that its partial data has taken already."""
     try:
         taken = layout.partial_of(pinned, file).stat().st_blocks * 512

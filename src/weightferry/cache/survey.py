@@ -17,9 +17,9 @@ from weightferry.cache.lock_support import LockSupport
 from weightferry.cache.locks import FileLocks
 from weightferry.cache.partial import PartialFile, WrittenRange, discard, is_untouched, verified_ranges
 from weightferry.cache.verified_notes import is_verified, note_verified
-from weightferry.errors import CollectError, at
+from weightferry.errors import CollectError, error_context
 from weightferry.hashing import Hashes
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.manifest import File, Manifest, PinnedSource
 
 _SHA256_DIGITS = 64
 # A lock is an open file, and processes may have few (1,024 by default): the biggest files have one each, the others
@@ -88,7 +88,7 @@ class CacheSurveyor:
         manifest: Manifest,
         locks: FileLocks,
         tiers: Sequence[CacheLayout] = (),
-        users: Callable[[Pinned, File], Path | None] = lambda *_: None,
+        users: Callable[[PinnedSource, File], Path | None] = lambda *_: None,
     ) -> None:
         self.layout, self._locks, self.tiers, self._users = layout, locks, tiers, users
         self.files = list(manifest.staged())
@@ -164,7 +164,7 @@ class CacheSurveyor:
             if file.size and self.locked(index):
                 path = self.layout.partial_of(pinned, file)
                 self._taken.add(path)
-                with at(subject=f"{pinned.name}/{file.path}"):
+                with error_context(subject=f"{pinned.name}/{file.path}"):
                     PartialFile(path, file.size, file.key, runs)
         small: dict[Path, int] = {}
         for index in self.runs:
@@ -204,7 +204,7 @@ class CacheSurveyor:
                 self.places.pop(index, None)
         return found
 
-    def _digest(self, layout: CacheLayout, pinned: Pinned, file: File) -> str | None:
+    def _digest(self, layout: CacheLayout, pinned: PinnedSource, file: File) -> str | None:
         if not is_complete(layout, pinned, file):
             return None
         if layout is self.layout:
@@ -255,7 +255,7 @@ def identity(layout: CacheLayout) -> str:
     return ""
 
 
-def is_complete(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
+def is_complete(layout: CacheLayout, pinned: PinnedSource, file: File) -> bool:
     """Whether the content is there under its final name and has the right size."""
     try:
         there = layout.blob(pinned, file).stat()
@@ -264,7 +264,7 @@ def is_complete(layout: CacheLayout, pinned: Pinned, file: File) -> bool:
     return stat.S_ISREG(there.st_mode) and file.size in (None, there.st_size)
 
 
-def known_sha256(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> str | None:
+def known_sha256(layout: CacheLayout, pinned: PinnedSource, file: File, notes: CacheLayout | None = None) -> str | None:
     """Return the SHA-256 of a whole file: what the manifest says, or what was noted, or by reading it.
 
     A big file is read only when it changed since it was last found right. None when it is not what the manifest, or for
@@ -284,13 +284,13 @@ def known_sha256(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLa
     if not noted and not file.checksum:
         return ""
     hashes = Hashes(file.checksum, file.size).update_from(layout.blob(pinned, file))
-    right = hashes.right and noted in ("", hashes.sha256)
+    right = hashes.matches and noted in ("", hashes.sha256)
     if big and noted and right:
         note_verified(layout, pinned, file, notes)
     return hashes.sha256 if right else None
 
 
-def _noted_sha256(layout: CacheLayout, pinned: Pinned, file: File) -> str:
+def _noted_sha256(layout: CacheLayout, pinned: PinnedSource, file: File) -> str:
     with contextlib.suppress(OSError, ValueError):
         note = layout.sha256_note(pinned, file).read_text()
         # A crash of the node may have left it empty: then it says nothing.

@@ -120,7 +120,7 @@ def _wrong(held: CachedSource, blob: str, progress: Callable[[int], None]) -> st
                 progress(len(chunk))
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return "" if hashes.right else f"expected {wanted}, got {hashes.got}"
+    return "" if hashes.matches else f"expected {wanted}, got {hashes.hexdigest}"
 
 
 def _promised(held: CachedSource, blob: str) -> Checksum | None:
@@ -131,7 +131,7 @@ def _promised(held: CachedSource, blob: str) -> Checksum | None:
             text = CacheLayout.sha256_of(held.repo, blob).read_text()
         except OSError:
             return None
-    return Checksum.read(text)
+    return Checksum.parse(text)
 
 
 def _damage(layout: CacheLayout, held: CachedSource, blob: str, why: str) -> DamagedFile:

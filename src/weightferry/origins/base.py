@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from weightferry.errors import BadRequest, Failure, OriginError
-from weightferry.manifest import Pinned
+from weightferry.manifest import PinnedSource
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
-CHUNK = 1 << 20
+CHUNK_SIZE = 1 << 20
 """Bytes read at a time where an origin lets us choose."""
 
 
@@ -26,7 +26,7 @@ class Origin(Protocol):
 
     def __init__(self, settings: Settings) -> None: ...
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """Ask the metadata API what `paths` below `source.root` are now.
 
         Parameters
@@ -44,7 +44,7 @@ class Origin(Protocol):
         ...
 
     def read(
-        self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """Open bytes `start` to `stop` (exclusive; None: to the end) of one file.
 
@@ -58,7 +58,7 @@ class Origin(Protocol):
         """
         ...
 
-    def reach(self, source: Source) -> None:
+    def check_access(self, source: Source) -> None:
         """Ask whether this process can reach the origin and may read there: one cheap question, no second try.
 
         It is over within `Settings.connect_timeout` and `Settings.read_timeout`. With a `source.path` the question is
@@ -144,7 +144,7 @@ def is_below(name: str, path: str) -> bool:
     return path in ("", name) or name.startswith(f"{path}/")
 
 
-def closest(wanted: str, there: Sequence[str]) -> str:
+def suggest_similar(wanted: str, there: Sequence[str]) -> str:
     """Make the hint for a misspelt name: the closest ones that exist."""
     from difflib import get_close_matches
 
@@ -152,6 +152,6 @@ def closest(wanted: str, there: Sequence[str]) -> str:
     return f"; closest there: {', '.join(near)}" if near else ""
 
 
-def reject_climbing(path: str, subject: str) -> BadRequest:
+def path_outside_source(path: str, subject: str) -> BadRequest:
     """Make the error for an origin that lists a path outside of itself."""
     return BadRequest(f"the origin lists {path!r}, which climbs out of the source: refused", subject=subject)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceNotFound
-from weightferry.manifest import File, Pinned
-from weightferry.origins.base import CHUNK, closest
+from weightferry.manifest import File, PinnedSource
+from weightferry.origins.base import CHUNK_SIZE, suggest_similar
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -20,10 +20,10 @@ class FilesystemOrigin:
     def __init__(self, settings: Settings) -> None:
         del settings  # nothing here can be waited for
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         root = Path(source.root)
-        with _translated(root):
+        with _translate_errors(root):
             if root.is_file() and list(paths) == [""]:
                 source = Source(source.scheme, str(root.parent), root.name)
                 root, paths = root.parent, [root.name]
@@ -31,16 +31,18 @@ class FilesystemOrigin:
                 # Named by its parent, the root itself gets the message that fits what it is.
                 paths, root = [f"{root.name}/{path}".rstrip("/") for path in paths], root.parent
             files = {file.path: file for path in paths for file in _files(root, path)}
-        return Pinned(source, "", tuple(files[path] for path in sorted(files)))
+        return PinnedSource(source, "", tuple(files[path] for path in sorted(files)))
 
     @contextlib.contextmanager
-    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    def read(
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
         with read_file(Path(pinned.source.root) / path, start, stop) as chunks:
             yield chunks
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`; every rank looks at its own folders anyway."""
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`; every rank looks at its own folders anyway."""
 
     def close(self) -> None:
         """See `Origin.close`."""
@@ -50,7 +52,7 @@ class FilesystemOrigin:
 def read_file(at: Path, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
     """Open bytes `start` to `stop` of a file; errors as of `Origin.read`."""
     with contextlib.ExitStack() as opened:
-        with _translated(at):
+        with _translate_errors(at):
             file = opened.enter_context(at.open("rb"))
         file.seek(start)
         yield _chunks(file.read, None if stop is None else stop - start)
@@ -58,7 +60,7 @@ def read_file(at: Path, start: int = 0, stop: int | None = None) -> Iterator[Ite
 
 def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:
     while left is None or left > 0:
-        chunk = read(CHUNK if left is None else min(CHUNK, left))
+        chunk = read(CHUNK_SIZE if left is None else min(CHUNK_SIZE, left))
         if not chunk:
             return
         left = None if left is None else left - len(chunk)
@@ -83,11 +85,11 @@ def _files(root: Path, path: str) -> Iterator[File]:
         raise BadRequest("neither a file nor a folder", subject=str(at))
     else:
         there = [entry.name for entry in at.parent.iterdir()] if at.parent.is_dir() else []
-        raise SourceNotFound(f"no such local file or folder{closest(at.name, there)}", subject=str(at))
+        raise SourceNotFound(f"no such local file or folder{suggest_similar(at.name, there)}", subject=str(at))
 
 
 @contextlib.contextmanager
-def _translated(at: Path) -> Iterator[None]:
+def _translate_errors(at: Path) -> Iterator[None]:
     try:
         yield
     except CollectError:

@@ -13,8 +13,8 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from weightferry.errors import AccessDenied, BadRequest, OriginError, SourceChanged, SourceNotFound, redact
-from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import CHUNK, Silent, TransientOriginError, Unreachable, reject_climbing
+from weightferry.manifest import File, PinnedSource, listing_commit
+from weightferry.origins.base import CHUNK_SIZE, Silent, TransientOriginError, Unreachable, path_outside_source
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -27,15 +27,15 @@ _VERSIONS = (*_EXACT, "LastModified", "mtime", "created")
 class FsspecOrigin:
     """Objects behind fsspec, pinned by what the store says of their version.
 
-    Each back end has its own configuration and time-outs, from its own environment variables; only `reach` has ours.
+    Each back end has its own configuration and time-outs, from its own environment variables; only `check_access` has ours.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._patience = settings.connect_timeout + settings.read_timeout
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
-        with _translated(source):
+        with _translate_errors(source):
             fs, root = _open(source)
             fs.invalidate_cache()
             if list(paths) == [""] and fs.isfile(root):
@@ -45,22 +45,24 @@ class FsspecOrigin:
             found = {file.path: file for path in paths for file in _files(fs, root, path, source)}
             ranges = _sends_ranges(fs, root, found.values())
         files = tuple(replace(found[path], ranges=ranges) for path in sorted(found))
-        return Pinned(source, listing_commit(files), files)
+        return PinnedSource(source, listing_commit(files), files)
 
     @contextmanager
-    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    def read(
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
         source = pinned.source
-        with _translated(source):
+        with _translate_errors(source):
             fs, root = _open(source)
         size, version = pinned.file(path).size, pinned.file(path).version
         end = min(stop, size) if stop is not None and size is not None else (size if stop is None else stop)
         # Not around the yield: what the reader does with the bytes may raise an OSError of its own (a full disk).
         yield _pieces(fs, _below(root, path), start, end, version, source)
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`."""
-        with _translated(source):
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`."""
+        with _translate_errors(source):
             fs, root = _open(source)
             fs.invalidate_cache()
             name = _below(root, source.path) if source.path else root
@@ -77,15 +79,15 @@ class FsspecOrigin:
 def _pieces(fs: Any, name: str, start: int, stop: int | None, version: str, source: Source) -> Iterator[bytes]:
     # cat_file asks the store for just these bytes; fs.open() would add a read-ahead cache of its own. Stores answer
     # in tens of milliseconds, so a request should bring megabytes.
-    step = 16 * CHUNK
+    step = 16 * CHUNK_SIZE
     while stop is None or start < stop:
-        with _translated(source):
+        with _translate_errors(source):
             piece: bytes = fs.cat_file(name, start=start, end=start + step if stop is None else min(start + step, stop))
         if not piece:
             break
         start += len(piece)
         yield piece
-    with _translated(source):
+    with _translate_errors(source):
         _check_version(fs, name, version)
 
 
@@ -145,7 +147,7 @@ def _files(fs: Any, root: str, path: str, source: Source) -> Iterator[File]:
         try:
             yield File(below, info.get("size"), version=version)
         except (ValueError, BadRequest) as error:
-            raise reject_climbing(below, str(source)) from error
+            raise path_outside_source(below, str(source)) from error
 
 
 _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], type[TransientOriginError]], ...] = (
@@ -156,7 +158,7 @@ _KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], type[Transien
 
 
 @contextmanager
-def _translated(source: Source) -> Iterator[None]:
+def _translate_errors(source: Source) -> Iterator[None]:
     """Turn what back ends raise into ours: fsspec asks them for the built-in `OSError` classes."""
     subject = str(source)
     try:

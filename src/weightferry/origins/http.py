@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from weightferry.manifest import File, Pinned, listing_commit
+from weightferry.manifest import File, PinnedSource, listing_commit
 from weightferry.origins.base import TransientOriginError
 from weightferry.origins.range_request import (
     IDENTITY,
@@ -17,7 +17,7 @@ from weightferry.origins.range_request import (
     raise_for_status,
     status_error,
     total_size,
-    translated,
+    translate_http_errors,
     version_of,
 )
 from weightferry.origins.transport import new_client
@@ -34,14 +34,14 @@ class HttpOrigin:
     def __init__(self, settings: Settings) -> None:
         self._client = new_client(settings)
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`; one request a file, two where the first says nothing of ranges: http has no folders."""
         files = tuple(self._look(source, path) for path in paths)
-        return Pinned(source, listing_commit(files), files)
+        return PinnedSource(source, listing_commit(files), files)
 
     def _look(self, source: Source, path: str) -> File:
         url, subject = _url(source, path), _named(source, path)
-        with translated(subject):
+        with translate_http_errors(subject):
             answer = self._client.head(url, headers=IDENTITY)
             if answer.status_code not in _NO_HEAD:
                 raise_for_status(answer, subject)
@@ -62,7 +62,9 @@ class HttpOrigin:
             return answer  # closed at once: the whole file may be on its way
 
     @contextmanager
-    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    def read(
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
         source, file = pinned.source, pinned.file(path)
         version = "" if file.version.startswith(_SEEN) else file.version
@@ -70,10 +72,10 @@ class HttpOrigin:
         with get_range(self._client, wanted) as response:
             yield response.iter_raw()
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`."""
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`."""
         url, subject = _url(source, source.path), _named(source, source.path)
-        with translated(subject):
+        with translate_http_errors(subject):
             answer = self._client.head(url, headers=IDENTITY)
             if source.path and answer.status_code in _NO_HEAD:
                 answer = self._first_byte(url)

@@ -13,12 +13,12 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from weightferry._version import __version__
 from weightferry.errors import OriginError, SourceNotFound
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Pinned
-from weightferry.origins.base import Unreachable, closest, is_below, reject_climbing
+from weightferry.manifest import File, PinnedSource
+from weightferry.origins.base import Unreachable, is_below, path_outside_source, suggest_similar
 from weightferry.origins.hub_cache import is_offline
 from weightferry.origins.hub_content import HubContent, content_url, headers
-from weightferry.origins.hub_errors import denied, hub_errors
-from weightferry.origins.range_request import RangeRequest, translated
+from weightferry.origins.hub_errors import access_denied, hub_errors
+from weightferry.origins.range_request import RangeRequest, translate_http_errors
 from weightferry.origins.transport import timeouts
 from weightferry.settings import Settings
 from weightferry.sources import Source
@@ -37,10 +37,10 @@ class HubOrigin:
         self._api = HfApi(library_name="weightferry", library_version=__version__)
         self._content = HubContent(settings)
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         subject = str(source)
-        with translated(subject), hub_errors(source, subject):
+        with translate_http_errors(subject), hub_errors(source, subject):
             info: Any = self._api.repo_info(
                 source.root,
                 revision=source.revision,
@@ -51,10 +51,12 @@ class HubOrigin:
         there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         wanted = {name for path in paths for name in _below(path, list(there), subject)}
         commit = _hex(info.sha or "", 40, subject)
-        return Pinned(source, commit, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
+        return PinnedSource(source, commit, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
 
     @contextmanager
-    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    def read(
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
         file = pinned.file(path)
         url = content_url(pinned.source, pinned.commit, path)
@@ -62,14 +64,18 @@ class HubOrigin:
         with self._content.read(pinned.source, file, wanted) as chunks:
             yield chunks
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`; a file that is not there tells as much as one that is: the Hub looks at rights first."""
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`; a file that is not there tells as much as one that is: the Hub looks at rights first."""
         subject = str(source)
         if is_offline():
             raise Unreachable("HF_HUB_OFFLINE is set", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
         options = {"headers": headers(token=True), "follow_redirects": False, "timeout": self._timeouts}
-        with translated(subject), hub_errors(source, subject), get_session().stream("GET", url, **options) as response:
+        with (
+            translate_http_errors(subject),
+            hub_errors(source, subject),
+            get_session().stream("GET", url, **options) as response,
+        ):
             if response.status_code < 400:
                 return
             response.read()
@@ -80,7 +86,7 @@ class HubOrigin:
             except RepositoryNotFoundError as error:
                 # Who has pinned it knows that it exists: without a token the Hub does not say so.
                 if response.status_code == 401:
-                    raise denied(error, subject) from None
+                    raise access_denied(error, subject) from None
                 raise
 
     def close(self) -> None:
@@ -91,7 +97,9 @@ class HubOrigin:
 def _below(path: str, there: Sequence[str], subject: str) -> list[str]:
     found = [name for name in there if is_below(name, path)]
     if path and not found:
-        raise SourceNotFound(f"no file or folder {path!r} there{closest(path, there)}", subject=f"{subject}/{path}")
+        raise SourceNotFound(
+            f"no file or folder {path!r} there{suggest_similar(path, there)}", subject=f"{subject}/{path}"
+        )
     return found
 
 
@@ -105,7 +113,7 @@ def _file(sibling: Any, subject: str) -> File:
     try:
         return File(name, lfs["size"] if lfs is not None else sibling.size, checksum)
     except ValueError as error:
-        raise reject_climbing(name, subject) from error
+        raise path_outside_source(name, subject) from error
 
 
 def _hex(text: str, length: int, subject: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from weightferry.errors import OriginUnreachable, SourceNotFound
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Pinned
-from weightferry.origins.base import Origin, Unreachable, closest, is_below, origin_for
+from weightferry.manifest import File, PinnedSource
+from weightferry.origins.base import Origin, Unreachable, is_below, origin_for, suggest_similar
 from weightferry.origins.filesystem import read_file
 from weightferry.settings import Settings
 from weightferry.sources import Source, safe_path
@@ -56,7 +56,7 @@ class HubCacheOrigin:
         self._folders = folders
 
     @classmethod
-    def instead_of_the_hub(cls, folders: Sequence[Path]) -> Callable[[str, Settings], Origin]:
+    def replacing_the_hub(cls, folders: Sequence[Path]) -> Callable[[str, Settings], Origin]:
         """Return what makes origins that ask `folders` where others would ask the Hub."""
 
         def make(scheme: str, settings: Settings) -> Origin:
@@ -64,7 +64,7 @@ class HubCacheOrigin:
 
         return make
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`: a commit is what all snapshots of it show together, all that was ever wanted."""
         repos = [folder / source.repo_folder for folder in self._folders]
         revision = safe_path(source.revision or _DEFAULT_REVISION)
@@ -77,7 +77,7 @@ class HubCacheOrigin:
         if all(any(is_below(name, path) for name in wanted) for path in paths):
             there = tuple(file for _, file in sorted(wanted.items()) if file)
             if len(there) == len(wanted):
-                return Pinned(source, commit, there)
+                return PinnedSource(source, commit, there)
             lost = ", ".join(name for name, file in wanted.items() if file is None)
             raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and the content is gone of {lost}", subject=str(source))
         raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and {self._lacking(source, revision, paths, list(files))}")
@@ -86,15 +86,15 @@ class HubCacheOrigin:
         where = ", ".join(map(str, self._folders))
         lost = next((path for path in paths if not any(is_below(name, path) for name in there)), "")
         if there:
-            return f"{lost!r} is not among what {where} have of {source} at {revision}{closest(lost, there)}"
+            return f"{lost!r} is not among what {where} have of {source} at {revision}{suggest_similar(lost, there)}"
         repos = [folder / source.repo_folder for folder in self._folders]
         if refs := [ref.name for repo in repos for ref in (repo / "refs").glob("*")]:
             return f"of {source} there is no revision {revision!r} in {where}, which have {', '.join(refs)}"
         known = [name for folder in self._folders for name in _names_in(folder)]
-        return f"{source} is not in {where}{closest(source.root, known)}"
+        return f"{source} is not in {where}{suggest_similar(source.root, known)}"
 
     def read(
-        self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """See `Origin.read`."""
         file = pinned.file(path)
@@ -105,8 +105,8 @@ class HubCacheOrigin:
                     return read_file(blob, start, stop)
         raise SourceNotFound("not there any more", subject=f"{pinned.name}/{path}")
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`: what is there was found in the survey."""
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`: what is there was found in the survey."""
         raise Unreachable("HF_HUB_OFFLINE is set", subject=str(source))
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ def _shown(snapshot: Path) -> dict[str, File | None]:
         for name in names:
             path = Path(above, name)
             inside = path.relative_to(snapshot).as_posix()
-            if checksum := Checksum.read(path.resolve().name):
+            if checksum := Checksum.parse(path.resolve().name):
                 try:
                     files[inside] = File(inside, path.stat().st_size, checksum)
                 except OSError:

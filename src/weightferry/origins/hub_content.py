@@ -18,7 +18,7 @@ from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import File
 from weightferry.origins.base import TransientOriginError, Unreachable
 from weightferry.origins.hub_errors import CheckedSession
-from weightferry.origins.range_request import IDENTITY, RangeRequest, get_range, translated
+from weightferry.origins.range_request import IDENTITY, RangeRequest, get_range, translate_http_errors
 from weightferry.origins.signed_urls import SignedUrl, SignedUrlCache
 from weightferry.origins.transport import new_client, timeouts
 from weightferry.origins.xet import XetFile, XetReader
@@ -132,7 +132,7 @@ class HubContent:
         session = CheckedSession(get_session(), source, wanted.subject)
         for _ in range(_MOST_REDIRECTS):
             with (
-                translated(wanted.subject),
+                translate_http_errors(wanted.subject),
                 session.stream("GET", url, headers=asked, follow_redirects=False, **self._options) as response,
             ):
                 if not response.has_redirect_location:

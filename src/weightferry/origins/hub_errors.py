@@ -51,14 +51,14 @@ def hub_errors(source: Source, subject: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise denied(error, subject, "gated: accept its terms on the Hub, then ") from None
+        raise access_denied(error, subject, "gated: accept its terms on the Hub, then ") from None
     except RevisionNotFoundError as error:
         raise SourceNotFound(f"no revision {source.revision or 'main'!r} there", subject=subject) from error
     except EntryNotFoundError:
         raise SourceNotFound("no such file at that commit", subject=subject) from None
     except RepositoryNotFoundError as error:
         if error.response is not None and error.response.status_code == 403:
-            raise denied(error, subject) from None
+            raise access_denied(error, subject) from None
         also = " (and no local folder of that name)" if source.guessed else ""
         hint = f"no such {source.repo_type} on {constants.ENDPOINT}{also}, or it is private and {_token_hint()}"
         raise SourceNotFound(hint, subject=subject) from error
@@ -70,7 +70,7 @@ def hub_errors(source: Source, subject: str) -> Iterator[None]:
         raise _by_status(error, subject) from None
 
 
-def denied(error: HfHubHTTPError, subject: str, prefix: str = "") -> AccessDenied:
+def access_denied(error: HfHubHTTPError, subject: str, prefix: str = "") -> AccessDenied:
     """Make the error for a token that is missing, or of no use."""
     status = error.response.status_code if error.response is not None else 401
     return AccessDenied(f"HTTP {status}: {prefix}{_token_hint()}", subject=subject)
@@ -79,7 +79,7 @@ def denied(error: HfHubHTTPError, subject: str, prefix: str = "") -> AccessDenie
 def _by_status(error: HfHubHTTPError, subject: str) -> CollectError:
     response = error.response
     if response.status_code in (401, 403):
-        return denied(error, subject)
+        return access_denied(error, subject)
     return status_error(response.status_code, response.headers, subject, said=error.server_message or "")
 
 

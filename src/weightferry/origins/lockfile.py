@@ -11,14 +11,14 @@ from typing import Any
 
 from weightferry.errors import BadRequest, SourceNotFound
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Manifest, Pinned
-from weightferry.origins.base import Origin, closest, is_below, origin_for
+from weightferry.manifest import File, Manifest, PinnedSource
+from weightferry.origins.base import Origin, is_below, origin_for, suggest_similar
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
 _VERSION = 1
 
-Content = Callable[[Pinned, File], bytes | None]
+Content = Callable[[PinnedSource, File], bytes | None]
 """Returns the bytes of a file that is there already."""
 
 
@@ -35,7 +35,7 @@ class Lockfile:
     """
 
     path: Path
-    sources: tuple[Pinned, ...]
+    sources: tuple[PinnedSource, ...]
 
     @classmethod
     def load(cls, path: Path) -> Lockfile:
@@ -92,18 +92,18 @@ class _LockedOrigin:
         self._lock, self._scheme, self._settings, self._held = lock, scheme, settings, held
         self._real: Origin | None = None
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         pinned = self._find(source)
         single = pinned.source.path
         files = tuple(file for file in pinned.files if any(is_below(file.path, path) for path in paths))
         for path in () if single else paths:
             if not any(is_below(file.path, path) for file in files):
-                hint = closest(path, [file.path for file in pinned.files])
+                hint = suggest_similar(path, [file.path for file in pinned.files])
                 raise SourceNotFound(f"{path} is not in the lock file {self._lock.path}{hint}", subject=str(source))
         return replace(pinned, files=files)
 
-    def _find(self, source: Source) -> Pinned:
+    def _find(self, source: Source) -> PinnedSource:
         for pinned in self._lock.sources:
             known = pinned.source
             root = f"{known.root}/{known.path}" if known.path and source.root != known.root else known.root
@@ -114,7 +114,7 @@ class _LockedOrigin:
         raise SourceNotFound(f"not in the lock file {self._lock.path}, which has {there}", subject=str(source))
 
     def read(
-        self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """See `Origin.read`."""
         content = self._held(pinned, pinned.file(path))
@@ -123,8 +123,8 @@ class _LockedOrigin:
         self._real = self._real or origin_for(self._scheme, self._settings)
         return self._real.read(pinned, path, start, stop)
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`."""
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`."""
 
     def close(self) -> None:
         """See `Origin.close`."""
@@ -137,7 +137,7 @@ def _opened(content: bytes) -> Iterator[Iterator[bytes]]:
     yield iter((content,))
 
 
-def _said(pinned: Pinned) -> dict[str, Any]:
+def _said(pinned: PinnedSource) -> dict[str, Any]:
     source = pinned.source
     if source.query and not source.identity.endswith(f"?{source.query}"):
         raise BadRequest("a URL with a signature cannot be locked", subject=str(source))
@@ -162,7 +162,7 @@ def _said(pinned: Pinned) -> dict[str, Any]:
     }
 
 
-def _pinned(said: dict[str, Any]) -> Pinned:
+def _pinned(said: dict[str, Any]) -> PinnedSource:
     source = Source(
         said["scheme"], said["root"], said["path"], said["revision"], repo_type=said["repo_type"], query=said["query"]
     )
@@ -179,4 +179,4 @@ def _pinned(said: dict[str, Any]) -> Pinned:
         )
         for one in said["files"]
     )
-    return Pinned(source, said["commit"], files)
+    return PinnedSource(source, said["commit"], files)

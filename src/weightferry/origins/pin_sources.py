@@ -11,11 +11,11 @@ from pathlib import Path
 
 from huggingface_hub.utils import filter_repo_objects
 
-from weightferry.errors import BadRequest, at
-from weightferry.manifest import File, Manifest, Pinned
+from weightferry.errors import BadRequest, error_context
+from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.origins.base import Origin, is_below, origin_for
-from weightferry.origins.retry import Monitor, retrying
-from weightferry.origins.shard_index import shards_of
+from weightferry.origins.retry import Monitor, call_with_retries
+from weightferry.origins.shard_index import read_shard_paths
 from weightferry.settings import Settings
 from weightferry.sources import Source, SourceRequest, parse_source
 
@@ -49,13 +49,13 @@ class Resolution:
     found: Mapping[SourceRequest, RequestedFiles]
 
 
-def resolve(
+def pin_sources(
     requests: Collection[SourceRequest],
     settings: Settings,
     monitor: Monitor,
     origins: Callable[[str, Settings], Origin] = origin_for,
     *,
-    elsewhere: bool = False,
+    other_ranks_can_ask: bool = False,
 ) -> Resolution:
     """Pin every source once, however many files of it are wanted.
 
@@ -73,15 +73,17 @@ def resolve(
     roots: dict[Source, list[SourceRequest]] = {}
     for request, source in understood.items():
         roots.setdefault(replace(source, path=""), []).append(request)
-    pinned_sources: list[Pinned] = []
+    pinned_sources: list[PinnedSource] = []
     found: dict[SourceRequest, RequestedFiles] = {}
     for root, group in roots.items():
         paths = list(dict.fromkeys(understood[request].path for request in group))
-        with at(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
-            pinned = retrying(settings, monitor, partial(origin.resolve, root, paths), elsewhere=elsewhere)
+        with error_context(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
+            pinned = call_with_retries(
+                settings, monitor, partial(origin.resolve, root, paths), other_ranks_can_ask=other_ranks_can_ask
+            )
             indexed = {
-                understood[request].path: retrying(
-                    settings, monitor, partial(shards_of, origin, pinned, request, understood[request].path)
+                understood[request].path: call_with_retries(
+                    settings, monitor, partial(read_shard_paths, origin, pinned, request, understood[request].path)
                 )
                 for request in group
                 if request.shards
@@ -90,7 +92,7 @@ def resolve(
                 paths = list(dict.fromkeys([*paths, *(shard for shards in indexed.values() for shard in shards)]))
                 # At the commit that the index was read at; the branch stays the one that was asked for.
                 at_commit = replace(root, revision=pinned.commit) if root.scheme == "hf" else root
-                again = retrying(settings, monitor, partial(origin.resolve, at_commit, paths))
+                again = call_with_retries(settings, monitor, partial(origin.resolve, at_commit, paths))
                 pinned = replace(again, source=pinned.source)
         for request in group:
             # A root that turned out to be one file comes back as its folder and the file's path.
@@ -111,7 +113,7 @@ def _understand(request: SourceRequest) -> Source:
     return source
 
 
-def _wanted(request: SourceRequest, path: str, pinned: Pinned) -> tuple[str, ...]:
+def _wanted(request: SourceRequest, path: str, pinned: PinnedSource) -> tuple[str, ...]:
     below = [f.path for f in pinned.files if is_below(f.path, path)]
     kept = list(
         filter_repo_objects(
@@ -124,7 +126,7 @@ def _wanted(request: SourceRequest, path: str, pinned: Pinned) -> tuple[str, ...
     return tuple(kept)
 
 
-def files_of(found: RequestedFiles, manifest: Manifest) -> tuple[File, ...]:
+def manifest_entries(found: RequestedFiles, manifest: Manifest) -> tuple[File, ...]:
     """Return the manifest's entries for what was asked."""
     pinned = manifest.sources[found.source]
     names = set(found.files)

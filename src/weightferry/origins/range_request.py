@@ -51,30 +51,30 @@ class RangeRequest:
     version: str = ""
 
     @property
-    def part(self) -> bool:
+    def is_partial(self) -> bool:
         """Whether less than the whole is asked for."""
         return self.start > 0 or self.stop is not None
 
     @property
-    def sent(self) -> dict[str, str]:
+    def request_headers(self) -> dict[str, str]:
         """The headers of the request."""
-        sent = {**self.headers, **IDENTITY}
-        if self.part:
-            sent["Range"] = f"bytes={self.start}-" + ("" if self.stop is None else str(self.stop - 1))
+        request_headers = {**self.headers, **IDENTITY}
+        if self.is_partial:
+            request_headers["Range"] = f"bytes={self.start}-" + ("" if self.stop is None else str(self.stop - 1))
             if self.version.startswith('"'):  # RFC 9110 wants a strong ETag here
-                sent["If-Range"] = self.version
-        return sent
+                request_headers["If-Range"] = self.version
+        return request_headers
 
     def check(self, response: Any) -> None:
         """Raise unless the answer is these bytes of this file; see `get_range`."""
         status, headers = response.status_code, response.headers
         self._same_file(status, headers)
         raise_for_status(response, self.subject)
-        if self.part and status != 206:
+        if self.is_partial and status != 206:
             raise RangeIgnored(self.subject)
-        if self.part and not headers.get("Content-Range", "").startswith(f"bytes {self.start}-"):
+        if self.is_partial and not headers.get("Content-Range", "").startswith(f"bytes {self.start}-"):
             raise OriginError(
-                f"asked for {self.sent['Range']}, got {headers.get('Content-Range')!r}", subject=self.subject
+                f"asked for {self.request_headers['Range']}, got {headers.get('Content-Range')!r}", subject=self.subject
             )
         if headers.get("Content-Encoding", "identity") != "identity":
             raise OriginError("the server compresses a body that was asked for as it is", subject=self.subject)
@@ -109,13 +109,16 @@ def get_range(client: Any, wanted: RangeRequest, **options: Any) -> Iterator[Any
     TransientOriginError, SourceNotFound, AccessDenied, OriginError
         By status; also out of the body's iteration, while this context is open.
     """
-    with translated(wanted.subject), client.stream("GET", wanted.url, headers=wanted.sent, **options) as response:
+    with (
+        translate_http_errors(wanted.subject),
+        client.stream("GET", wanted.url, headers=wanted.request_headers, **options) as response,
+    ):
         wanted.check(response)
         yield response
 
 
 @contextmanager
-def translated(subject: str) -> Iterator[None]:
+def translate_http_errors(subject: str) -> Iterator[None]:
     """Turn the HTTP library's errors into ours."""
     try:
         yield

@@ -23,8 +23,8 @@ T = TypeVar("T")
 class Monitor(Protocol):
     """What reading and waiting report to, and where they learn that the operation is over."""
 
-    def moved(self, count: int) -> None:
-        """Note that `count` bytes came from the origin."""
+    def count_bytes(self, count: int) -> None:
+        """Count bytes that came from the origin."""
 
     def check(self) -> None:
         """Raise when there is no point in going on."""
@@ -104,7 +104,9 @@ def _jitter(seconds: float) -> float:
     return seconds * random.uniform(0.5, 1.0)  # noqa: S311
 
 
-def retrying(settings: Settings, monitor: Monitor, call: Callable[[], T], *, elsewhere: bool = False) -> T:
+def call_with_retries(
+    settings: Settings, monitor: Monitor, call: Callable[[], T], *, other_ranks_can_ask: bool = False
+) -> T:
     """Call until it answers, or until `Retry` gives up.
 
     Parameters
@@ -117,6 +119,6 @@ def retrying(settings: Settings, monitor: Monitor, call: Callable[[], T], *, els
         try:
             return call()
         except TransientOriginError as error:
-            if elsewhere and isinstance(error, Unreachable):
+            if other_ranks_can_ask and isinstance(error, Unreachable):
                 raise OriginUnreachable(str(error), subject=error.subject) from error
             retry.wait(error)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import posixpath
 
-from weightferry.errors import BadRequest, at
-from weightferry.manifest import Pinned
+from weightferry.errors import BadRequest, error_context
+from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Origin
 from weightferry.sources import SourceRequest, safe_path
 
-SUFFIX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 """How such an index is named: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``."""
-LARGEST = 256 << 20
+MAX_INDEX_SIZE = 256 << 20
 """Bytes of an index; those of the largest models of 2026 have 10 MB."""
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+MALFORMED_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What `weight_map` raises for what is no index; `BadRequest`, for a name that climbs out, is a ValueError."""
 
 
 def is_index(name: str) -> bool:
     """Whether a file of this name is an index of shards."""
-    return name.endswith(SUFFIX)
+    return name.endswith(INDEX_SUFFIX)
 
 
-def shards_of(origin: Origin, pinned: Pinned, request: SourceRequest, path: str) -> tuple[str, ...]:
+def read_shard_paths(origin: Origin, pinned: PinnedSource, request: SourceRequest, path: str) -> tuple[str, ...]:
     """Read an index at its origin; return the paths of its shards, below the root as its own is.
 
     Raises
@@ -35,10 +35,10 @@ def shards_of(origin: Origin, pinned: Pinned, request: SourceRequest, path: str)
     """
     file = pinned.file(path)
     content = bytearray()
-    with at(subject=str(request)), origin.read(pinned, path, 0, None) as chunks:
+    with error_context(subject=str(request)), origin.read(pinned, path, 0, None) as chunks:
         for chunk in chunks:
             content += chunk
-            if len(content) > min(LARGEST, LARGEST if file.size is None else file.size):
+            if len(content) > min(MAX_INDEX_SIZE, MAX_INDEX_SIZE if file.size is None else file.size):
                 raise BadRequest(f"no index of shards: it has more than {len(content) - 1} bytes", subject=str(request))
     return tuple(posixpath.join(posixpath.dirname(path), name) for name in shard_names(bytes(content), str(request)))
 
@@ -53,7 +53,7 @@ def shard_names(content: bytes, subject: str) -> tuple[str, ...]:
     """
     try:
         names = tuple(dict.fromkeys(weight_map(content).values()))
-    except MALFORMED as error:
+    except MALFORMED_ERRORS as error:
         raise BadRequest(f"no index of shards ({type(error).__name__}: {error})", subject=subject) from error
     if not names:
         raise BadRequest("this index names no shards", subject=subject)
@@ -61,5 +61,5 @@ def shard_names(content: bytes, subject: str) -> tuple[str, ...]:
 
 
 def weight_map(content: bytes) -> dict[str, str]:
-    """Return which file holds which tensor; what is no index raises one of `MALFORMED`."""
+    """Return which file holds which tensor; what is no index raises one of `MALFORMED_ERRORS`."""
     return {name: safe_path(where) for name, where in json.loads(content)["weight_map"].items()}

@@ -71,15 +71,15 @@ class XetReader:
         TransientOriginError
             Whatever went wrong: another way to the bytes may still work.
         """
-        with _translated():
+        with _translate_errors():
             group, info = self._group(file.token_url, headers), self._hf_xet.XetFileInfo(file.name, file.size)
         for place in range(start, stop, _WINDOW):
             end = min(place + _WINDOW, stop)
-            with _translated():
+            with _translate_errors():
                 stream = group.download_stream(info, start=place, end=end)
             try:
                 while place < end:
-                    with _translated():
+                    with _translate_errors():
                         chunk = next(stream, b"")
                     if not chunk:
                         raise TransientOriginError(f"Xet ended at byte {place} of {end}")
@@ -131,7 +131,7 @@ def _config(hf_xet: Any, settings: Settings) -> Any:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     try:
         yield
     # All that hf_xet raises: its own classes derive from these two, but for failures of its runtime.

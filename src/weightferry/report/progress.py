@@ -15,14 +15,14 @@ from functools import partial
 from tqdm import tqdm
 
 from weightferry.report.rank_progress import Progress
-from weightferry.report.text import size
+from weightferry.report.text import format_size
 
 logger = logging.getLogger(__name__)
 
-Seen = Callable[[], Mapping[int, Progress]]
+ReadProgress = Callable[[], Mapping[int, Progress]]
 """Tells how far each rank is, as far as it is known."""
 
-_ON_A_TERMINAL, _IN_A_LOG = 0.5, 10.0  # seconds between two lines
+_BAR_INTERVAL, _LOG_INTERVAL = 0.5, 10.0  # seconds between two lines
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,28 @@ class JobProgress:
         return max(0, moved) / max(1e-3, self.at - before.at)
 
 
-def line(before: JobProgress, now: JobProgress, hosts: Mapping[int, str], what: str = "from the origin") -> str:
+def progress_line(
+    before: JobProgress, now: JobProgress, hosts: Mapping[int, str], what: str = "from the origin"
+) -> str:
     """Say it in one line: bytes, both rates, the slowest node, what it waits for, time left."""
     origin, peers = now.rate(before, "origin_bytes"), now.rate(before, "peer_bytes")
-    said = f"{size(now.done)} of {size(now.expected)}, {size(origin)}/s {what}"
+    said = f"{format_size(now.done)} of {format_size(now.expected)}, {format_size(origin)}/s {what}"
     if len(now.ranks) > 1:
         slowest = min(now.ranks, key=lambda rank: now.ranks[rank].done / max(1, now.ranks[rank].expected))
         one = now.ranks[slowest]
         share = 100 * one.done // max(1, one.expected)
-        said += f", {size(peers)}/s between nodes" if any(rank.peer_bytes for rank in now.ranks.values()) else ""
+        said += f", {format_size(peers)}/s between nodes" if any(rank.peer_bytes for rank in now.ranks.values()) else ""
         said += f", slowest {hosts.get(slowest, f'rank {slowest}')} at {share} %"
-    if paused := next((one.paused for one in now.ranks.values() if one.paused), ""):
-        said += f", {paused}"
+    if wait_reason := next((one.wait_reason for one in now.ranks.values() if one.wait_reason), ""):
+        said += f", {wait_reason}"
     rate = origin + peers
     return said + (f", {(now.expected - now.done) / rate:.0f} s left" if rate and now.done < now.expected else "")
 
 
 @contextmanager
-def shown(seen: Seen, hosts: Mapping[int, str], what: str = "from the origin") -> Iterator[None]:
+def show_progress(
+    read_progress: ReadProgress, hosts: Mapping[int, str], what: str = "from the origin"
+) -> Iterator[None]:
     """While in this context, show how far the job is.
 
     On a terminal unless ``HF_HUB_DISABLE_PROGRESS_BARS`` is set; else in the log of this module, at INFO.
@@ -93,9 +97,12 @@ def shown(seen: Seen, hosts: Mapping[int, str], what: str = "from the origin") -
         yield
         return
     over = threading.Event()
-    show = _bar if bar else _log
+    show = _show_bar if bar else _log_lines
     thread = threading.Thread(
-        target=show, args=(seen, partial(line, hosts=hosts, what=what), over), name="weightferry-progress", daemon=True
+        target=show,
+        args=(read_progress, partial(progress_line, hosts=hosts, what=what), over),
+        name="weightferry-progress",
+        daemon=True,
     )
     thread.start()
     try:
@@ -105,23 +112,29 @@ def shown(seen: Seen, hosts: Mapping[int, str], what: str = "from the origin") -
         thread.join()
 
 
-def _standings(seen: Seen, over: threading.Event, every: float) -> Iterator[tuple[JobProgress, JobProgress]]:
+def _samples(
+    read_progress: ReadProgress, over: threading.Event, every: float
+) -> Iterator[tuple[JobProgress, JobProgress]]:
     """Yield where the job stands, each time with where it stood before."""
     before = JobProgress(time.monotonic(), {})
     while not over.wait(every):
-        ranks = {rank: one for rank, one in seen().items() if one.expected or one.paused}
+        ranks = {rank: one for rank, one in read_progress().items() if one.expected or one.wait_reason}
         now = JobProgress(time.monotonic(), ranks)
         yield before, now
         before = now
 
 
-def _log(seen: Seen, say: Callable[[JobProgress, JobProgress], str], over: threading.Event) -> None:
-    for before, now in _standings(seen, over, _IN_A_LOG):
+def _log_lines(
+    read_progress: ReadProgress, say: Callable[[JobProgress, JobProgress], str], over: threading.Event
+) -> None:
+    for before, now in _samples(read_progress, over, _LOG_INTERVAL):
         logger.info("%s", say(before, now))
 
 
-def _bar(seen: Seen, say: Callable[[JobProgress, JobProgress], str], over: threading.Event) -> None:
+def _show_bar(
+    read_progress: ReadProgress, say: Callable[[JobProgress, JobProgress], str], over: threading.Event
+) -> None:
     with tqdm(total=1, bar_format="weightferry: {percentage:3.0f}%|{bar:20}| {desc}", leave=False) as bar:
-        for before, now in _standings(seen, over, _ON_A_TERMINAL):
+        for before, now in _samples(read_progress, over, _BAR_INTERVAL):
             bar.total, bar.n = max(1, now.expected), now.done
             bar.set_description_str(say(before, now))

@@ -25,7 +25,7 @@ class Progress:
     origin_bytes: int = 0
     peer_bytes: int = 0
     expected: int = 0
-    paused: str = ""
+    wait_reason: str = ""
 
     @property
     def done(self) -> int:

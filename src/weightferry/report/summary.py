@@ -46,7 +46,7 @@ class DomainResult:
         read = _numbered(staged, set(results.sha256))
         there = sum(size for number, size in enumerate(sizes) if number not in read)
         known = {**delivered.held, **results.sha256}
-        sha256 = {index: known[first] for index, first in enumerate(manifest.same_as) if first in known}
+        sha256 = {index: known[first] for index, first in enumerate(manifest.first_with_content) if first in known}
         return cls(
             results.origin_bytes,
             results.copied_bytes,
@@ -66,7 +66,7 @@ def _numbered(staged: list[bool], indices: set[int]) -> set[int]:
     return {places[index] for index in indices}
 
 
-def summarise(
+def summarize(
     operation: str, job: JobRequest, manifest: Manifest, parts: Mapping[int, DomainResult | None], seconds: float
 ) -> RunReport:
     """Put the parts of all leaders together."""

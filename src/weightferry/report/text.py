@@ -9,7 +9,7 @@ from weightferry.report.run import RunReport
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Write bytes as disks are sold: powers of 1000, three digits."""
     for unit in _UNITS:
         if count < 999.5 or unit == _UNITS[-1]:
@@ -24,10 +24,10 @@ def summary(report: RunReport, path: Path) -> str:
     ranks = f"{report.ranks} rank{'s' * (report.ranks != 1)} on {report.nodes} node{'s' * (report.nodes != 1)}"
     files = f"{total['files']:.0f} file{'s' * (total['files'] != 1)}"
     return (
-        f"staged {files}, {size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
-        f"{size(total['origin_bytes'])} from the origin, {size(total['peer_bytes'])} from peers, "
-        f"{size(total['cached_bytes'])} already there"
-        + (f", {size(total['copied_bytes'])} from your Hugging Face cache" if total.get("copied_bytes") else "")
+        f"staged {files}, {format_size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
+        f"{format_size(total['origin_bytes'])} from the origin, {format_size(total['peer_bytes'])} from peers, "
+        f"{format_size(total['cached_bytes'])} already there"
+        + (f", {format_size(total['copied_bytes'])} from your Hugging Face cache" if total.get("copied_bytes") else "")
         + f"\n{path}"
     )
 
@@ -42,9 +42,9 @@ def table(report: RunReport) -> str:
                 f"{number} ({domain.host})",
                 f"rank {domain.leader_rank}",
                 ",".join(map(str, domain.ranks)),
-                size(domain.origin_bytes),
-                size(domain.peer_bytes_in),
-                size(domain.cached_bytes),
+                format_size(domain.origin_bytes),
+                format_size(domain.peer_bytes_in),
+                format_size(domain.cached_bytes),
                 *(f"{domain.seconds.get(phase, 0.0):.2f} s" for phase in phases),
             ]
         )

@@ -19,8 +19,15 @@ from typing import Literal
 
 from weightferry.errors import BadRequest, SourceChanged, SourceNotFound
 from weightferry.hashing import Checksum
-from weightferry.manifest import File, Pinned, listing_commit
-from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, closest, is_below, reject_climbing
+from weightferry.manifest import File, PinnedSource, listing_commit
+from weightferry.origins.base import (
+    RangeIgnored,
+    Silent,
+    TransientOriginError,
+    is_below,
+    path_outside_source,
+    suggest_similar,
+)
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -105,7 +112,7 @@ class FakeOrigin:
     resolves : list of tuple
         Root and paths of every call of `resolve`.
     reaches : list of Source
-        Every call of `reach`.
+        Every call of `check_access`.
     closed : int
         How often it was closed. It answers all the same, since `factory` gives it to everyone.
     """
@@ -123,7 +130,7 @@ class FakeOrigin:
         self.faults: list[Fault] = []
         self.reads: list[Read] = []
         self.resolves: list[tuple[str, tuple[str, ...]]] = []
-        self.reaches: list[Source] = []
+        self.access_checks: list[Source] = []
         self.closed = 0
         self._publishes, self._sizes, self._ranges, self._chunk = publishes, sizes, ranges, chunk
         self._lock = threading.Lock()
@@ -138,7 +145,7 @@ class FakeOrigin:
         """Bytes of all reads."""
         return sum(read.sent for read in self.reads)
 
-    def resolve(self, source: Source, paths: Sequence[str]) -> Pinned:
+    def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`; the commit changes with the content of any file."""
         self.resolves.append((source.root, tuple(paths)))
         fault = self._fault("resolve", "")
@@ -151,10 +158,10 @@ class FakeOrigin:
         for path in paths:
             names = [name for name in self.files if is_below(name, path)]
             if not names:
-                hint = closest(path, list(self.files))
+                hint = suggest_similar(path, list(self.files))
                 raise SourceNotFound(f"no file or folder {path!r} there{hint}", subject=f"{source}/{path}")
             wanted |= {name: self.file(name, str(source)) for name in names}
-        return Pinned(
+        return PinnedSource(
             source, listing_commit(self.file(name, str(source)) for name in self.files), tuple(wanted.values())
         )
 
@@ -172,10 +179,12 @@ class FakeOrigin:
         try:
             return File(path, len(content) if self._sizes else None, checksum, version, ranges=self._ranges)
         except BadRequest as error:
-            raise reject_climbing(path, subject) from error
+            raise path_outside_source(path, subject) from error
 
     @contextmanager
-    def read(self, pinned: Pinned, path: str, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    def read(
+        self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
         read = Read(path, start, stop)
         self.reads.append(read)
@@ -212,9 +221,9 @@ class FakeOrigin:
         if fault.silent_after is not None:
             raise Silent("no byte came", subject=subject)
 
-    def reach(self, source: Source) -> None:
-        """See `Origin.reach`; tell it by a fault who cannot."""
-        self.reaches.append(source)
+    def check_access(self, source: Source) -> None:
+        """See `Origin.check_access`; tell it by a fault who cannot."""
+        self.access_checks.append(source)
         if error := self._fault("reach", "").error:
             raise error
 

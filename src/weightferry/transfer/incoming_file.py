@@ -14,9 +14,9 @@ from threading import Lock
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.partial import PartialFile, WrittenRange
 from weightferry.cache.publish import publish
-from weightferry.errors import at
+from weightferry.errors import error_context
 from weightferry.hashing import Hashes
-from weightferry.manifest import File, Pinned
+from weightferry.manifest import File, PinnedSource
 
 COMPARED = 4 << 20
 """Bytes in each part of a wrong file that is compared between domains."""
@@ -61,7 +61,7 @@ class IncomingFile:
     def __init__(
         self,
         layout: CacheLayout,
-        entry: tuple[Pinned, File],
+        entry: tuple[PinnedSource, File],
         path: Path,
         runs: list[WrittenRange],
         pool: Executor,
@@ -163,10 +163,10 @@ class IncomingFile:
         self._hash_on()
 
     def _conclude(self) -> None:
-        if not self._hashes.right:
-            self._ended(ChecksumMismatch(self._hashes.got, tuple(self._crcs())))
+        if not self._hashes.matches:
+            self._ended(ChecksumMismatch(self._hashes.hexdigest, tuple(self._crcs())))
             return
-        with at(phase="publish", subject=f"{self.pinned.name}/{self.file.path}"):
+        with error_context(phase="publish", subject=f"{self.pinned.name}/{self.file.path}"):
             publish(self._layout, self.pinned, self.file, self.path, self._hashes.sha256)
         with self._lock:
             self._published, self._opened = True, None

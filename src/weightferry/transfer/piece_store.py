@@ -13,7 +13,7 @@ from weightferry.cache.partial import WrittenRange, discard
 from weightferry.cache.permissions import make_folder, write_new
 from weightferry.cache.publish import publish
 from weightferry.cache.survey import CacheSurveyor
-from weightferry.errors import IntegrityError, at
+from weightferry.errors import IntegrityError, error_context
 from weightferry.hashing import Hashes
 from weightferry.transfer.incoming_file import ChecksumMismatch, IncomingFile
 from weightferry.transfer.pieces import Frame, Piece, is_small
@@ -78,7 +78,7 @@ class PieceStore:
     def begin(self) -> None:
         """Take the space for all files, and go on with what was there of them before."""
         for incoming in self.incoming.values():
-            with at(subject=f"{incoming.pinned.name}/{incoming.file.path}"):
+            with error_context(subject=f"{incoming.pinned.name}/{incoming.file.path}"):
                 incoming.begin()
 
     def close(self) -> None:
@@ -151,8 +151,8 @@ class PieceStore:
                 pinned, file = self.files[index]
                 hashes = Hashes(file.checksum, file.size)
                 hashes.update(part)
-                if not hashes.right:
-                    text = f"came damaged from {sender}: expected {file.checksum}, got {hashes.got}"
+                if not hashes.matches:
+                    text = f"came damaged from {sender}: expected {file.checksum}, got {hashes.hexdigest}"
                     raise IntegrityError(text, subject=f"{pinned.name}/{file.path}")
                 self.keep(index, part, hashes.sha256)
 
@@ -167,11 +167,11 @@ class PieceStore:
         """Publish a small file whose bytes are the right ones."""
         pinned, file = self.files[index]
         path = self._layout.new_partial(pinned, file)
-        with at(subject=f"{pinned.name}/{file.path}"):
+        with error_context(subject=f"{pinned.name}/{file.path}"):
             try:
                 make_folder(path.parent)
                 write_new(path, content)
-                with at(phase="publish"):
+                with error_context(phase="publish"):
                     publish(self._layout, pinned, file, path, sha256, sync=False)
             finally:
                 discard(path)

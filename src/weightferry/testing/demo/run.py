@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from weightferry.report.run import DomainReport, RunReport
-from weightferry.report.text import size, table
+from weightferry.report.text import format_size, table
 from weightferry.testing.hub import HubServer
 
 REPO = "sentence-transformers/all-MiniLM-L6-v2"
@@ -81,10 +81,10 @@ def run(folder: Path | None) -> None:
             hub.reset()
             report, ranks = _job(hub.url, place.absolute())
             click.echo(
-                f"\n{title}: {size(report.total['bytes'])} in {report.total['files']:.0f} files\n{table(report)}"
+                f"\n{title}: {format_size(report.total['bytes'])} in {report.total['files']:.0f} files\n{table(report)}"
             )
             click.echo(
-                f"the Hub served {size(hub.content_bytes())} of files "
+                f"the Hub served {format_size(hub.content_bytes())} of files "
                 f"({hub.content_bytes() / report.total['bytes']:.2f} x the model) "
                 f"and answered {len(hub.metadata_requests)} metadata request(s)"
             )
