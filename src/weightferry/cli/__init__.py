@@ -14,6 +14,7 @@ import click
 from weightferry._version import __version__
 from weightferry.cli.arguments import NamedPath
 from weightferry.cli.cache import cache
+from weightferry.cli.doctor import doctor
 from weightferry.errors import BadRequest, CollectError
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ def demo(folder: Path | None) -> None:
 
 
 main.add_command(cache)
+main.add_command(doctor)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import click
 
 from weightferry.cli.arguments import NamedPath
 from weightferry.errors import BadRequest, CollectError
-from weightferry.report.text import size
+from weightferry.report.text import format_size
 
 if TYPE_CHECKING:
     from weightferry.cache.inventory import CachedSource
@@ -78,10 +78,10 @@ def ls(cache_dir: Path | None, as_json: bool) -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["staged"])) if row["staged"] else "-"
         state = "pinned" if row["pinned"] else "in use" if row["in_use"] else ""
         commits = ",".join(commit[:8] for commit in row["commits"][-3:])
-        click.echo(f"{row['source']:{width}}  {size(row['bytes']):>9}  {when:16}  {state:6}  {commits}")
-    click.echo(f"{len(rows)} sources, {size(sum(row['bytes'] for row in rows))} in {layout.root}")
+        click.echo(f"{row['source']:{width}}  {format_size(row['bytes']):>9}  {when:16}  {state:6}  {commits}")
+    click.echo(f"{len(rows)} sources, {format_size(sum(row['bytes'] for row in rows))} in {layout.root}")
     if left := sum(one.taken for one in unfinished(layout)):
-        click.echo(f"{size(left)} on their way, or left by jobs that were killed")
+        click.echo(f"{format_size(left)} on their way, or left by jobs that were killed")
 
 
 def _row(layout: CacheLayout, held: CachedSource) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def evict(to: str, cache_dir: Path | None, as_json: bool) -> None:
     else:
         for one in removed:
             what = f"{one.source}@{one.commit[:8]}" if one.commit else one.source
-            click.echo(f"removed {what}  {size(one.size)}")
-        click.echo(f"{size(left)} left in {layout.root}")
+            click.echo(f"removed {what}  {format_size(one.size)}")
+        click.echo(f"{format_size(left)} left in {layout.root}")
     if left > wanted:
         click.echo(f"weightferry: {_why_left(layout)}", err=True)
         sys.exit(1)
@@ -158,7 +158,7 @@ def rm(source: str, cache_dir: Path | None) -> None:
     if gone is None:
         click.echo(f"weightferry: {source} is not removed: {_why_left(layout)}", err=True)
         sys.exit(1)
-    click.echo(f"removed {source}  {size(gone)}")
+    click.echo(f"removed {source}  {format_size(gone)}")
 
 
 @cache.command()
@@ -203,7 +203,7 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
     from weightferry.cluster.connect import joined
     from weightferry.cluster.topology import read_topology
     from weightferry.phases.agree import RankRequest, agree
-    from weightferry.report.progress import shown
+    from weightferry.report.progress import show_progress
     from weightferry.settings import Settings
 
     settings = Settings.from_environ(cache_dir=cache_dir)
@@ -213,7 +213,7 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
         held = _held(layout, source) if source else None
         if source and held is None:
             return None
-        return read_all(layout, coordinator.moved, held.name if held else "", coordinator.expect)
+        return read_all(layout, coordinator.count_bytes, held.name if held else "", coordinator.expect_bytes)
 
     def somebody_has_it(said: Mapping[int, VerifyResult | None]) -> dict[int, VerifyResult]:
         found = {leader: one for leader, one in said.items() if one is not None}
@@ -225,8 +225,12 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
         with joined(settings, topology, "verify") as coordinator:
             _, job = agree(coordinator, lambda: RankRequest({}), settings)
             hosts = {domain.leader: domain.host for domain in job.domains}
-            with shown(coordinator.seen, hosts, "read") if topology.rank == 0 else contextlib.nullcontext():
-                found = coordinator.round("verify", look, somebody_has_it, job.leaders)
+            with (
+                show_progress(coordinator.job_progress, hosts, "read")
+                if topology.rank == 0
+                else contextlib.nullcontext()
+            ):
+                found = coordinator.run_phase("verify", look, somebody_has_it, job.leaders)
             if coordinator.rank == 0 and not as_json:
                 click.echo(_verified_text(found, hosts))
             left = tuple(dict.fromkeys(one.source for said in found.values() for one in said.damaged))
@@ -275,7 +279,9 @@ def _verified_text(found: dict[int, VerifyResult], hosts: dict[int, str]) -> str
     lines = []
     for leader, said in found.items():
         unknown = f", {said.unknown} without a checksum" if said.unknown else ""
-        lines.append(f"{hosts[leader]}: {said.files} files, {size(said.size)}, {len(said.damaged)} damaged{unknown}")
+        lines.append(
+            f"{hosts[leader]}: {said.files} files, {format_size(said.size)}, {len(said.damaged)} damaged{unknown}"
+        )
         lines += [f"  {one.source}: {', '.join(one.paths) or one.blob.name}: {one.why}" for one in said.damaged]
     return "\n".join(lines)
 
@@ -296,7 +302,7 @@ def _held(layout: CacheLayout, source: str) -> CachedSource | None:
 
 def _not_there(layout: CacheLayout, source: str) -> BadRequest:
     from weightferry.cache.inventory import inventory
-    from weightferry.origins.base import closest
+    from weightferry.origins.base import suggest_similar
 
-    near = closest(source, [one.name for one in inventory(layout)])
+    near = suggest_similar(source, [one.name for one in inventory(layout)])
     return BadRequest(f"{source} is not in {layout.root}{near}")

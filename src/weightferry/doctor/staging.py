@@ -1,4 +1,4 @@
-"""The stage of a generated file onto every node, from a server in the task of rank 0."""
+"""Stages a generated file onto every node, from a server in the task of rank 0."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from slurm._qualify.values import Question, Staged, Work
 from weightferry.cluster.coordinator import Coordinator
+from weightferry.doctor.findings import StageResult
+from weightferry.doctor.request import CheckRequest, ScratchPaths
 from weightferry.errors import CollectError
 from weightferry.phases.agree import RankRequest
 from weightferry.settings import Settings
@@ -21,15 +22,15 @@ _BLOCK = 8 << 20
 _REPOSITORY, _FILE = "qualify/generated", "weights.bin"
 
 
-def stage_generated(coordinator: Coordinator, question: Question, settings: Settings) -> Staged:
-    """Generate, serve, stage, and hash what arrived on every node."""
-    work = Work(question.cache_dir, question.run)
+def stage_generated(coordinator: Coordinator, request: CheckRequest, settings: Settings) -> StageResult:
+    """Generate a file, serve it, stage it, and hash the staged file on every node."""
+    paths = ScratchPaths(request.cache_dir, request.run)
     with contextlib.ExitStack() as serving:
-        address = coordinator.round("address", _address_of_rank_0, lambda seen: seen[max(seen)])
-        sha256, url = coordinator.once("serve", lambda: _serve(work, question.size, address, serving))
-        staged: Staged = {
+        address = coordinator.run_phase("address", _address_of_rank_0, lambda addresses: addresses[max(addresses)])
+        sha256, url = coordinator.run_on_rank0("serve", lambda: _serve(paths, request.size, address, serving))
+        staged: StageResult = {
             "error": None,
-            "bytes": question.size,
+            "bytes": request.size,
             "seconds": None,
             "sha256": sha256,
             "nodes_sha256": [],
@@ -38,13 +39,13 @@ def stage_generated(coordinator: Coordinator, question: Question, settings: Sett
         try:
             _stage(coordinator, url, settings, staged)
         except CollectError as error:
-            # The same on every rank: all go on together.
+            # Every rank gets the same error, so all ranks continue together.
             staged["error"] = str(error)
-        coordinator.round("served", lambda: None, lambda _: None)
+        coordinator.run_phase("served", lambda: None, lambda _: None)
     return staged
 
 
-def _stage(coordinator: Coordinator, url: str, settings: Settings, staged: Staged) -> None:
+def _stage(coordinator: Coordinator, url: str, settings: Settings, staged: StageResult) -> None:
     from weightferry.staging import collect
 
     with _without_proxy(url):
@@ -52,27 +53,27 @@ def _stage(coordinator: Coordinator, url: str, settings: Settings, staged: Stage
     staged["seconds"] = collected.report.total["seconds"]
     by_leader = {domain.leader_rank: domain.origin_bytes for domain in collected.report.domains}
     staged["nodes_origin_bytes"] = [by_leader.get(rank, 0) for rank in range(coordinator.world_size)]
-    hashes = coordinator.round("compare", lambda: _sha256(collected.paths[""]), dict)
-    staged["nodes_sha256"] = [hashes[rank] for rank in range(coordinator.world_size)]
+    sha256 = coordinator.run_phase("compare", lambda: _sha256(collected.paths[""]), dict)
+    staged["nodes_sha256"] = [sha256[rank] for rank in range(coordinator.world_size)]
 
 
 def _address_of_rank_0() -> str:
-    """Look up where this rank finds rank 0; on rank 0 itself that may be a loopback address."""
+    """Look up the address of rank 0 from this rank; on rank 0 itself it may be a loopback address."""
     return socket.gethostbyname(os.environ["MASTER_ADDR"])
 
 
-def _serve(work: Work, size: int, address: str, serving: contextlib.ExitStack) -> tuple[str, str]:
-    """Generate the file and serve it until `serving` ends; its SHA-256 and its URL.
+def _serve(paths: ScratchPaths, size: int, address: str, serving: contextlib.ExitStack) -> tuple[str, str]:
+    """Generate the file and serve it until `serving` closes; return its SHA-256 and its URL.
 
-    By its URL, not as a repository of the Hub: that way no token of the user is sent to it, ``HF_ENDPOINT`` stays as it
-    is, and ``HF_HUB_OFFLINE`` does not matter.
+    The stage uses the URL, not a repository of the Hub: no token of the user is sent to the server, ``HF_ENDPOINT``
+    stays unchanged, and ``HF_HUB_OFFLINE`` has no effect.
     """
     from weightferry.testing.hub import HubServer
 
-    work.origin.mkdir()
-    sha256 = _generate(work.origin / _FILE, size)
-    server = serving.enter_context(HubServer(host="0.0.0.0"))  # noqa: S104 -- for the other nodes
-    server.add_repo(_REPOSITORY, work.origin)
+    paths.origin.mkdir()
+    sha256 = _generate(paths.origin / _FILE, size)
+    server = serving.enter_context(HubServer(host="0.0.0.0"))  # noqa: S104 -- the other nodes connect
+    server.add_repo(_REPOSITORY, paths.origin)
     server.hash_all()
     port = server.url.rpartition(":")[2]
     return sha256, f"http://{address}:{port}/{_REPOSITORY}/resolve/main/{_FILE}"
@@ -101,7 +102,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _without_proxy(url: str) -> Iterator[None]:
-    """Let the URL's host be asked directly: the proxy that leads out of a cluster knows no way to its nodes."""
+    """Exclude the URL's host from the proxy: the proxy of a cluster reaches the internet, not the nodes."""
     host = url.split("/")[2].partition(":")[0]
     before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
     os.environ.update({name: f"{value},{host}" if value else host for name, value in before.items()})

@@ -1,4 +1,4 @@
-"""What a user is told of a cluster."""
+"""``weightferry doctor``, and its older name slurm/qualify.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from slurm._qualify.disk import filesystem_in
-from slurm._qualify.folders import seen_together
+from weightferry.doctor.disk import filesystem_in
+from weightferry.doctor.folders import group_by_visibility
 
-SCRIPT = Path(__file__).parents[2] / "slurm" / "qualify.py"
+REPOSITORY = Path(__file__).parents[2]
+DOCTOR = (sys.executable, "-m", "weightferry", "doctor")
+SCRIPT = (sys.executable, REPOSITORY / "slurm" / "qualify.py")
 
 
-def qualify(folder, *arguments, timeout=100):
-    """Run it as a user does; return what it did, and its JSON."""
+def doctor(folder, *arguments, command=DOCTOR, timeout=100):
+    """Run the command as a user does; return the ended process and the JSON report."""
     to = folder / "qualify.json"
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--json", to, "--folder", folder / "jobs", "--size-mb", "32", *arguments],
-        # Imports a user does not have must not be needed: not the tests' view of the checkout, only the package.
-        env={**os.environ, "PYTHONPATH": os.fspath(SCRIPT.parents[1] / "src")},
+        [*command, "--json", to, "--folder", folder / "jobs", "--size-mb", "32", *arguments],
+        # A user has the package, not the checkout: neither `slurm` nor `tests` can be imported.
+        env={**os.environ, "PYTHONPATH": os.fspath(REPOSITORY / "src")},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -41,7 +43,7 @@ def test_two_nodes_with_their_own_caches_and_a_shared_folder(outside):
     folder = outside.shared / "qualify"
     folder.mkdir()
 
-    done, report = qualify(
+    done, report = doctor(
         folder,
         *("--nodes", "2", "--slurm", "nodelist=node1,node2", "--cache-dir", "/local/new/cache"),
         *("--shared", folder, "--shared", "/local", "--collect-in", "/local"),
@@ -75,7 +77,7 @@ def test_two_nodes_with_their_own_caches_and_a_shared_folder(outside):
     assert report["verdict"]["cache_dir"] == "/local/new/cache"
     assert "/local is not shared between all nodes" in report["verdict"]["notes"]
     assert "verdict: fit" in done.stdout
-    # Nothing is left: no job folder, no nonce, no cache folder that was not there before.
+    # Nothing is left: no job folder, no marker file, no cache folder that this run created.
     assert [path.name for path in folder.iterdir()] == ["qualify.json"]
     left = outside.srun("-N4", "sh", "-c", "ls -A /local").stdout
     assert "new" not in left
@@ -87,7 +89,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named_with_its_node(outside):
     folder.mkdir()
     outside.run(["touch", "/local/blocked"], "node2")
 
-    done, report = qualify(
+    done, report = doctor(
         folder, "--nodes", "2", "--slurm", "nodelist=node1,node2", "--cache-dir", "/local/blocked/cache"
     )
 
@@ -105,7 +107,7 @@ def test_a_cache_on_the_shared_folder_is_staged_once(outside):
     folder = outside.shared / "qualify-shared"
     folder.mkdir()
 
-    done, report = qualify(folder, "--nodes", "4", "--cache-dir", folder / "cache")
+    done, report = doctor(folder, "--nodes", "4", "--cache-dir", folder / "cache")
 
     assert done.returncode == 0
     assert folder_of(report, folder / "cache")["locks"] == "exclude"
@@ -114,16 +116,19 @@ def test_a_cache_on_the_shared_folder_is_staged_once(outside):
     assert [path.name for path in folder.iterdir()] == ["qualify.json"]
 
 
-def test_a_job_that_is_refused_says_why(outside):
-    done, report = qualify(outside.shared, "--nodes", "2", "--partition", "nowhere")
+def test_the_reason_for_a_refused_job_is_printed(outside):
+    done, report = doctor(outside.shared, "--nodes", "2", "--partition", "nowhere")
 
     assert done.returncode == 1
     assert "invalid partition" in done.stdout
     assert not report["verdict"]["fit"]
 
 
-def test_one_node_on_this_machine_without_slurm(tmp_path):
-    done, report = qualify(tmp_path, "--nodes", "1", "--cluster", "local", "--cache-dir", tmp_path / "cache")
+@pytest.mark.parametrize("command", [DOCTOR, SCRIPT])
+def test_one_node_on_this_machine_without_slurm(tmp_path, command):
+    done, report = doctor(
+        tmp_path, "--nodes", "1", "--cluster", "local", "--cache-dir", tmp_path / "cache", command=command
+    )
 
     assert done.returncode == 0
     assert report["stage"]["nodes_sha256"] == [report["stage"]["sha256"]]
@@ -132,10 +137,10 @@ def test_one_node_on_this_machine_without_slurm(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["qualify.json"]
 
 
-def test_an_origin_that_does_not_answer_is_wrong(tmp_path, monkeypatch):
+def test_an_origin_that_does_not_answer_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setenv("WEIGHTFERRY_RETRIES", "1")
 
-    done, report = qualify(
+    done, report = doctor(
         tmp_path,
         *("--nodes", "1", "--cluster", "local", "--cache-dir", tmp_path / "cache"),
         *("--origin", "http://user:secret@127.0.0.1:9/weights.bin"),
@@ -143,7 +148,7 @@ def test_an_origin_that_does_not_answer_is_wrong(tmp_path, monkeypatch):
 
     assert done.returncode == 1
     (wrong,) = report["verdict"]["wrong"]
-    assert "the origin http://<hidden>@127.0.0.1:9/weights.bin: OriginUnreachable" in wrong
+    assert "cannot read the origin http://<hidden>@127.0.0.1:9/weights.bin: OriginUnreachable" in wrong
     assert "secret" not in done.stdout + done.stderr
 
 
@@ -151,8 +156,9 @@ def test_an_origin_that_does_not_answer_is_wrong(tmp_path, monkeypatch):
     "arguments",
     [(), ("--nodes", "2", "--cluster", "local"), ("--nodes", "2", "--origin", "/a/path")],
 )
-def test_a_wrong_call_is_told_before_anything_is_submitted(tmp_path, arguments):
-    done, _ = qualify(tmp_path, *arguments)
+@pytest.mark.parametrize("command", [DOCTOR, SCRIPT])
+def test_wrong_arguments_are_refused_before_the_job_is_submitted(tmp_path, arguments, command):
+    done, _ = doctor(tmp_path, *arguments, command=command)
 
     assert done.returncode == 2
     assert list(tmp_path.iterdir()) == []
@@ -170,11 +176,11 @@ MOUNTS = r"""
     ("folder", "kind"),
     [("/", "overlay"), ("/scratch/me", "lustre"), ("/scratchy", "overlay"), ("/with space/a", "xfs")],
 )
-def test_the_file_system_is_that_of_the_innermost_and_last_mount(folder, kind):
+def test_the_innermost_and_last_mount_decides_the_file_system(folder, kind):
     assert filesystem_in(MOUNTS.strip(), Path(folder)) == kind
 
 
-def test_ranks_are_together_when_they_see_each_other():
-    assert seen_together({0: [0, 1], 1: [0, 1], 2: [2], 3: []}) == [[0, 1], [2]]
-    # One sees the other, but not the other way round: that is not shared.
-    assert seen_together({0: [0, 1], 1: [1]}) == [[0], [1]]
+def test_ranks_that_see_each_others_files_are_a_group():
+    assert group_by_visibility({0: [0, 1], 1: [0, 1], 2: [2], 3: []}) == [[0, 1], [2]]
+    # Rank 0 sees the file of rank 1, rank 1 does not see the file of rank 0: the folder is not shared.
+    assert group_by_visibility({0: [0, 1], 1: [1]}) == [[0], [1]]
