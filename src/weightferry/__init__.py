@@ -1,7 +1,7 @@
-"""Get pretrained weights onto every node of a cluster and into every rank: once, fast, and without ever hanging.
+"""Stage pretrained weights on every node of a cluster and load them on every rank: once, fast, without hanging.
 
-The public names are imported when they are first used, so that ``import weightferry`` costs nothing: neither torch nor
-an origin's client is loaded by it.
+Each public name is imported at its first use, so that ``import weightferry`` stays fast: it loads neither torch nor the
+client library of an origin.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from weightferry.sources import FetchFrom, FetchSource
     from weightferry.staging import stage
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "weightferry.errors": (
         "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NoSpace "
         "NotDistributed OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
@@ -62,7 +62,7 @@ _HOMES = {
     "weightferry.sources": "FetchFrom FetchSource",
     "weightferry.staging": "stage",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
 
 __all__ = [
     "DEFAULT_LOAD_HOOKS",
@@ -102,10 +102,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return found
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Errors that travel: what fails on one rank is raised, with its name, on every rank."""
+"""The public errors: a failure on one rank becomes an error of the same class on every rank."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from typing import Any
 
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _SECRET_PATTERNS = (
-    # What huggingface.co hands out; their documentation fixes the prefix.
+    # Tokens of huggingface.co; their documentation fixes the prefix.
     re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
     re.compile(r"\b(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"),
-    # user:password@ of a URL; the password may hold an @ itself, and hf://gpt2@main has a revision there.
+    # user:password@ of a URL. The password may contain an @. hf://gpt2@main has a revision there, not a password.
     re.compile(r"(?<=://)(?<!\bhf://)[^/?#\s]+(?=@)"),
-    # Values in a query: signed URLs of S3, GCS, Azure and the Hub's CDN, and plain tokens.
+    # Values in a query: signatures of S3, GCS, Azure and the Hub's CDN, and plain tokens.
     re.compile(
         r"(?i)(?<=[?&])((?:x-amz-|x-goog-)[a-z-]+|signature|sig|policy|key-pair-id|[a-z_-]*token|[a-z_-]*key|password)"
         r"=[^&\s'\"<>]+"
     ),
 )
-_HIDDEN = "<hidden>"
+_REDACTED = "<hidden>"
 
 
 def redact(text: str) -> str:
     """Return `text` without tokens, passwords and signatures.
 
-    Every text that may hold a part of a request passes through here before it is logged, raised or reported.
+    Every text that may contain a part of a request passes through this function before it is logged, raised or
+    reported.
     """
     for name in _SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= 4:
-            text = text.replace(value, _HIDDEN)
+            text = text.replace(value, _REDACTED)
     for pattern in _SECRET_PATTERNS:
-        text = pattern.sub(lambda match: f"{match[1]}={_HIDDEN}" if match.re.groups else _HIDDEN, text)
+        text = pattern.sub(lambda match: f"{match[1]}={_REDACTED}" if match.re.groups else _REDACTED, text)
     return text
 
 
@@ -46,7 +47,7 @@ _PHASE, _SUBJECT = "_weightferry_phase", "_weightferry_subject"
 
 @contextmanager
 def error_context(phase: str = "", subject: str = "") -> Iterator[None]:
-    """Note on any exception that leaves this context which phase and which file it belongs to; the innermost wins."""
+    """Attach a phase and a file to any exception that leaves this context; the innermost context wins."""
     try:
         yield
     except Exception as error:
@@ -58,24 +59,24 @@ def error_context(phase: str = "", subject: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on one rank, as a value that fits through the store.
+    """Describes an error of one rank as a plain value that the ranks exchange through the job's store.
 
     Attributes
     ----------
     rank, host
-        Who failed.
+        The rank that failed, and its host.
     role
-        What that rank was there, for a reader: ``"leader of ranks 4-5"``, or empty.
+        The role of that rank, such as ``"leader of ranks 4-5"``; empty if it has none.
     phase
         The phase of the operation: agree, resolve, survey, plan, transfer, publish, link or load.
     subject
-        The source or file at hand; empty when it was none in particular.
+        The source or file that the error is about; empty if it is about none.
     kind
         Name of the exception's class.
     message
-        The exception's own text, without secrets.
+        The exception's text, without secrets.
     traceback
-        The remote traceback, without secrets.
+        The traceback on that rank, without secrets.
     """
 
     rank: int
@@ -89,50 +90,53 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, *, rank: int, host: str, phase: str, role: str = "") -> Failure:
-        """Describe `error`, raised in `phase` on `rank`; what `error_context` noted on it is more precise and wins."""
+        """Describe `error`, raised in `phase` on `rank`; the phase that `error_context` attached to it wins."""
         return cls(
             rank=rank,
             host=host,
             phase=getattr(error, _PHASE, "") or phase,
             role=role,
             subject=redact(str(getattr(error, "subject", "") or getattr(error, _SUBJECT, ""))),
-            kind=_kind(error),
+            kind=_class_name(error),
             message=redact(str(error) or type(error).__name__),
             traceback=redact("".join(traceback.format_exception(error))),
         )
 
     def __str__(self) -> str:
-        who = f"rank {self.rank}" + (f", {self.role}" if self.role else "")
-        named = f"{self.subject}: " if self.subject and self.subject not in self.message else ""
-        kind = "" if self.kind in _KINDS else f"{self.kind}: "
-        return f"{self.phase} on {self.host} ({who}): {named}{kind}{self.message}"
+        rank = f"rank {self.rank}" + (f", {self.role}" if self.role else "")
+        subject = f"{self.subject}: " if self.subject and self.subject not in self.message else ""
+        kind = "" if self.kind in _CLASSES else f"{self.kind}: "
+        return f"{self.phase} on {self.host} ({rank}): {subject}{kind}{self.message}"
 
 
-def _kind(error: BaseException) -> str:
-    """Name the class; of a disk or a quota that filled up the one that those who catch it look for."""
+def _class_name(error: BaseException) -> str:
+    """Return the name of the error's class; ``NoSpace`` for an `OSError` of a full disk or an exhausted quota."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace.__name__
     return type(error).__name__
 
 
 class CollectError(Exception):
-    """A collect, stage or load failed; every rank of the operation raises it with the same content.
+    """A collect, stage or load failed; every rank of the operation raises an error of the same class.
 
-    Raised as it is for causes without a class of their own (an `OSError`, say); otherwise one of the classes below.
+    A subclass names the cause. `CollectError` itself is raised for any other cause, such as an `OSError`; its text then
+    names the class of the original error.
 
     Parameters
     ----------
     message
-        What happened, for the person who reads the log.
+        The text of the error: what failed, where, why, and what to do next.
     subject
-        The source or file at hand.
+        The source or file that the error is about; empty if it is about none.
     failures
-        By rank, what failed there; empty until the error has travelled.
+        By rank, the failure of that rank. Empty before the ranks have exchanged their results.
 
     Attributes
     ----------
+    subject : str
+        As above.
     failures : dict[int, Failure]
-        By rank, what failed there.
+        As above.
     """
 
     def __init__(self, message: str, *, subject: str = "", failures: dict[int, Failure] | None = None) -> None:
@@ -149,66 +153,131 @@ def _rebuild(kind: type[CollectError], message: str, subject: str, failures: dic
 
 
 class BadRequest(CollectError, ValueError):
-    """What was asked for makes no sense: no path and no default source, a name that climbs out, one link for two."""
+    """An argument, a setting or a folder is not valid; the same call fails again until it is corrected.
+
+    Examples: a source that is not a path, a URL or a Hub repository id; a file name that leaves its source with ``..``;
+    a loadable without a path and without a default source; two loadables with one link name; a setting out of range; a
+    cache folder that another user can write to; a file where a link has to be made.
+    """
 
 
 class PlanMismatch(BadRequest):
-    """Ranks contradict each other: one name in one `collect_in` with two sources."""
+    """Ranks made calls that contradict each other.
+
+    Examples: one name in one `collect_in` with two sources; `allow_globals` or ``WEIGHTFERRY_DOMAIN`` with values that
+    do not fit together. The text names the ranks and both values. Pass the same values on these ranks, or different
+    `collect_in` folders.
+    """
 
 
 class NotDistributed(CollectError, RuntimeError):
-    """The environment says there are several ranks, but no process group connects them."""
+    """The launcher started several ranks, but they are not connected.
+
+    Either ``torch.distributed.init_process_group`` was not called before weightferry, or the ranks of a command such as
+    ``weightferry stage`` could not connect to each other at ``MASTER_ADDR``. The text says which, and what to add.
+    """
 
 
 class SourceNotFound(CollectError, FileNotFoundError):
-    """The origin has no such repository, revision, bucket, folder or file."""
+    """The origin has no such repository, revision, bucket, folder or file.
+
+    The Hub answers in the same way for a private repository that the token does not cover. Check the name and the
+    revision, then the token of the rank that the error names.
+    """
 
 
 class AccessDenied(CollectError, PermissionError):
-    """The origin wants a token, or another one: private or gated repositories, buckets without rights."""
+    """The origin refused access: the token or the credentials of a rank are missing, invalid or without rights.
+
+    For a private repository set ``HF_TOKEN`` or run ``hf auth login``; for a gated one accept its terms on the Hub
+    before. For a bucket set the credentials of its store. Ranks that do not read from the origin need no token.
+    """
 
 
 class OriginError(CollectError, OSError):
-    """The origin could not be reached or did not answer as it should, retries included."""
+    """The origin answered with an error, or not as its protocol requires.
+
+    Errors that may pass (HTTP 429, HTTP 5xx, a broken connection) were retried `Settings.retries` times in a row
+    without one byte. Check the state of the origin, then call again: the next run continues from the bytes on disk.
+    """
 
 
 class OriginUnreachable(OriginError):
-    """There is no way to the origin from any rank that could use one, retries included."""
+    """No leader can connect to the origin, retries included.
+
+    Causes: the host name does not resolve, the connection is refused or times out, a proxy fails, or ``HF_HUB_OFFLINE``
+    is set and no cache has the files. One node with network access is enough for the whole job. Without one, download
+    the files to a shared cache beforehand.
+    """
 
 
 class SourceChanged(OriginError):
-    """A file at the origin changed between the manifest and the reading of it."""
+    """A file at the origin changed after the manifest was made and before all its bytes were read.
+
+    Call again to stage the new version.
+    """
 
 
 class IntegrityError(CollectError):
-    """Bytes are not the ones the manifest promises, and asking again did not help."""
+    """The checksum or size of a file does not match the manifest, and a second download did not help.
+
+    The file at the origin is damaged, or a disk, a proxy or a network device changes bytes. The text names the nodes
+    that have wrong bytes. Wrong bytes never get a final name in the cache.
+    """
 
 
 class LeaderLost(CollectError):
-    """A rank that others wait for no longer gives a sign of life."""
+    """A rank that other ranks wait for is gone: it ended, never made the call, or sends no heartbeat any more.
+
+    The process was killed (out of memory, for example), its node failed, its network is down, or it does not make this
+    collective call. The limits are `Settings.beat_timeout` and, for a rank that has not called yet,
+    `Settings.agree_timeout`. The text names rank and host: read the log of that rank and the kernel messages of that
+    host. A restarted job continues from the bytes on disk.
+    """
 
 
 class Stalled(CollectError):
-    """Bytes stand still: an origin or a rank stopped sending, and asking again did not help."""
+    """Nothing moved for `Settings.stall_timeout` seconds: an origin or a rank sends no bytes, though its process lives.
+
+    New connections did not help. Check the origin and the network of the rank that the text names, or raise
+    `stall_timeout`. The next run continues from the bytes on disk. The same error ends a wait for another process that
+    removes a model from the cache for so long.
+    """
 
 
 class NoSpace(CollectError):
-    """The file system of a cache has too few bytes or inodes free for what is missing there, or filled up."""
+    """A cache has not enough space for the missing files: bytes, inodes, a quota, or the limit `Settings.max_size`.
+
+    Raised before the first byte is downloaded where the sizes are known, else when the file system fills up. Free space
+    there, set `max_size` to evict old models (or raise it), or choose another `cache_dir`.
+    """
 
 
 class LoadError(CollectError):
-    """A file is whole, yet its content could not be loaded: damaged, unsafe, of another shape."""
+    """A file is complete, but its content could not be loaded into the object.
+
+    The file is damaged or of another format, or its keys, shapes or types do not fit. Every rank checks every file
+    before any rank changes a parameter. Load hooks of your own are not covered by this check.
+    """
 
 
 class UnsafeFile(LoadError):
-    """A pickle wants more than tensors and plain containers; it was not run."""
+    """A pickle needs more than tensors and plain containers; nothing of it was executed.
+
+    If you trust the file, allow the names that the text lists: with ``LoadOptions(allow_globals=...)`` for one file, or
+    with ``WEIGHTFERRY_ALLOW_GLOBALS`` for all. A safetensors file needs no permission.
+    """
 
 
 class NoHook(LoadError, RuntimeError):
-    """Nobody knows how to load an object of this type."""
+    """No load hook is registered for the type of an object, or its custom hook cannot be called.
+
+    Pass a function as ``Pretrainer(custom_hooks=...)``, or register one for the class with `register_checkpoint_hooks`
+    and `mark_as_loader`.
+    """
 
 
-_KINDS: dict[str, type[CollectError]] = {
+_CLASSES: dict[str, type[CollectError]] = {
     kind.__name__: kind
     for kind in (
         CollectError,
@@ -231,38 +300,38 @@ _KINDS: dict[str, type[CollectError]] = {
 }
 
 
-_BRIEF = 8
-"""Lines of an error's text where another rank says all."""
+_BRIEF_LINES = 8
+"""Lines of an error's text on a rank other than rank 0, whose log has the full text."""
 
 
 def from_failures(failures: dict[int, Failure], operation: str = "", *, brief: bool = False) -> CollectError:
-    """Make the error that every rank raises, of the class of the failure that explains the others.
+    """Return the error that every rank raises; its class is that of the failure that caused the other failures.
 
-    That is a rank that died, else the one that comes first in `failures`: rank 0 keeps them in the order in which they
-    arrived. The first line of the text names its phase, host, rank, file and cause; the other ranks that failed follow,
-    one line each; their tracebacks stay in `failures`.
+    The cause is a rank that died, else the first of `failures`: rank 0 keeps them in the order of arrival. The first
+    line of the text names phase, host, rank, file and cause. One line for each other failed rank follows. The
+    tracebacks are in `failures`.
 
     Parameters
     ----------
     operation
-        What failed: ``collect``, ``stage``, ``load``, ...
+        The operation that failed: ``collect``, ``stage``, ``load``, ...
     brief
-        Say no more than a few lines: one rank of a job says all, and the log of the others stays readable.
+        Limit the text to a few lines: rank 0 writes the full text, and the logs of the other ranks stay readable.
     """
     first, *others = sorted(failures.values(), key=lambda failure: failure.kind != LeaderLost.__name__)
-    kind = _KINDS.get(first.kind, CollectError)
+    kind = _CLASSES.get(first.kind, CollectError)
     lines = [f"{operation} failed in {first}".lstrip()]
     same = [other for other in others if (other.kind, other.message) == (first.kind, first.message)]
     if same:
-        lines.append(f"  the same on ranks {format_ranks([f.rank for f in same])}")
+        lines.append(f"  the same on ranks {format_ranks([failure.rank for failure in same])}")
     lines += [f"  and in {other}" for other in others if other not in same]
-    if brief and len(lines) > _BRIEF:
-        lines[_BRIEF:] = [f"  and {len(lines) - _BRIEF} more: the log of rank 0 says all"]
+    if brief and len(lines) > _BRIEF_LINES:
+        lines[_BRIEF_LINES:] = [f"  and {len(lines) - _BRIEF_LINES} more lines in the log of rank 0"]
     return kind("\n".join(lines), subject=first.subject, failures=failures)
 
 
 def safe_cause(error: BaseException | None) -> BaseException | None:
-    """Return `error` if its traceback gives no secret away; otherwise None: `Failure` has it, without the secret."""
+    """Return `error` if its traceback contains no secret, else None; `Failure` has the traceback without secrets."""
     if error is None:
         return None
     text = "".join(traceback.format_exception(error))
@@ -270,10 +339,9 @@ def safe_cause(error: BaseException | None) -> BaseException | None:
 
 
 def format_ranks(ranks: list[int]) -> str:
-    """Write ranks as people do: ``0-3, 7``."""
-    ordered = sorted(ranks)
+    """Return ranks as text, with ranges: ``0-3, 7``."""
     runs: list[list[int]] = []
-    for rank in ordered:
+    for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:

@@ -1,4 +1,4 @@
-"""What an operation will bring: every file of every source, pinned."""
+"""The manifest of an operation: every file of every source, pinned to a version."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class File:
     Attributes
     ----------
     path : str
-        Below the source's root, with slashes; never climbs out.
+        Path below the root of the source, with slashes. It never leaves the root.
     size : int or None
-        Bytes; None where the origin does not say.
+        Bytes; None if the origin does not tell.
     checksum : Checksum or None
-        What the origin publishes.
+        Checksum that the origin publishes; None if it publishes none.
     version : str
-        ETag, modification time or the like: another version is another file. Empty when the checksum says it all.
+        ETag, modification time or a similar validator: a file with another version is a different file. Empty if the
+        checksum identifies the content.
     ranges : bool
-        Whether the origin sends any part of it; False: only the whole, in order.
+        Whether the origin supports range requests for the file. False: the file can only be read from its start.
     """
 
     path: str
@@ -36,13 +37,13 @@ class File:
     ranges: bool = True
 
     def __post_init__(self) -> None:
-        # An origin is not trusted with paths either.
+        # The path comes from the origin, which is not trusted.
         if safe_path(self.path) != self.path:
-            raise ValueError(f"not in normal form: {self.path!r}")
+            raise ValueError(f"not a path in normal form: {self.path!r}")
 
     @property
     def key(self) -> str:
-        """The name of its content in a cache: the published checksum, else a digest of path, size and version."""
+        """Name of the content in a cache: the published checksum, else a digest of path, size and version."""
         if self.checksum:
             return self.checksum.hexdigest
         return _digest((self.path, str(self.size), self.version))
@@ -50,16 +51,16 @@ class File:
 
 @dataclass(frozen=True)
 class PinnedSource:
-    """A source with its commit pinned and its wanted files listed.
+    """A source at one commit, with the list of its requested files.
 
     Attributes
     ----------
     source : Source
-        `source.path` names the file or folder that was asked for, below `source.root`.
+        `source.path` is the requested file or folder below `source.root`.
     commit : str
-        The git commit on the Hub; elsewhere a digest of paths, sizes and versions; empty for local folders.
+        For the Hub the git commit. For local folders empty. For any other source a digest of paths, sizes and versions.
     files : tuple of File
-        What is wanted, in the origin's order.
+        The requested files, in the order of the origin's listing.
     """
 
     source: Source
@@ -67,23 +68,23 @@ class PinnedSource:
     files: tuple[File, ...]
 
     def __post_init__(self) -> None:
-        # It names a folder of the cache.
+        # The commit becomes a folder name in the cache.
         if self.commit and not self.commit.isalnum():
             raise ValueError(f"not a commit: {self.commit!r}")
 
     @property
     def in_place(self) -> bool:
-        """Local sources are used where they are: nothing is copied, nothing is cached."""
+        """Whether the files are used where they are, without a copy in the cache: true for local sources."""
         return self.source.scheme == "file"
 
     @property
     def name(self) -> str:
-        """For readers: the source without its path, at its commit."""
+        """Display name: the source without its path, with its commit."""
         text = str(Source(self.source.scheme, self.source.root, "", None, self.source.repo_type, self.source.query))
         return f"{text}@{self.commit}" if self.source.scheme == "hf" else text
 
     def file(self, path: str) -> File:
-        """Return the file at `path`; KeyError when it is not part of the manifest."""
+        """Return the file at `path`; raise `KeyError` if it is not part of the manifest."""
         for file in self.files:
             if file.path == path:
                 return file
@@ -92,12 +93,12 @@ class PinnedSource:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All sources of one operation, pinned by one rank and shared with all."""
+    """All sources of one operation. One rank makes it, and every rank receives it."""
 
     sources: tuple[PinnedSource, ...]
 
     def staged(self) -> Iterator[tuple[PinnedSource, File]]:
-        """Every file that must be in the cache of every domain."""
+        """Yield every file that must be in the cache of every storage domain."""
         for pinned in self.sources:
             if not pinned.in_place:
                 for file in pinned.files:
@@ -105,33 +106,36 @@ class Manifest:
 
     @cached_property
     def first_with_content(self) -> tuple[int, ...]:
-        """For each staged file the first with its content in its source: two names of it are one blob in the cache."""
+        """For each staged file, the index of the first staged file of its source with the same content.
+
+        Files with the same content share one blob in the cache.
+        """
         first: dict[tuple[int, str], int] = {}
         return tuple(
             first.setdefault((self.source_of(index), file.key), index) for index, (_, file) in enumerate(self.staged())
         )
 
     def contents(self) -> tuple[int, ...]:
-        """Places of the staged files, each content of a source once."""
+        """Return indices of staged files, one index for each distinct content of a source."""
         return tuple(dict.fromkeys(self.first_with_content))
 
     def source_of(self, index: int) -> int:
-        """Place in `sources` of the staged file at place `index`."""
+        """Return the index in `sources` of the source of the staged file `index`."""
         return self._sources_of_staged[index]
 
     @cached_property
     def _sources_of_staged(self) -> tuple[int, ...]:
-        return tuple(n for n, pinned in enumerate(self.sources) if not pinned.in_place for _ in pinned.files)
+        return tuple(number for number, pinned in enumerate(self.sources) if not pinned.in_place for _ in pinned.files)
 
     @property
     def size(self) -> int:
-        """Bytes of all files whose size is known."""
+        """Total bytes of all files whose size is known."""
         return sum(file.size or 0 for pinned in self.sources for file in pinned.files)
 
 
 def listing_commit(files: Iterable[File]) -> str:
-    """Name the state of a source that has no commits: equal listings, equal name."""
-    return _digest(part for file in sorted(files, key=lambda f: f.path) for part in (file.path, file.key))[:40]
+    """Return a commit id for a source without commits: equal listings have equal ids."""
+    return _digest(part for file in sorted(files, key=lambda file: file.path) for part in (file.path, file.key))[:40]
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""All limits and switches in one frozen value, each also an environment variable."""
+"""Settings: all limits and switches in one frozen value, each also an environment variable."""
 
 from __future__ import annotations
 
@@ -17,66 +17,69 @@ _MAY_BE_ZERO = _SIZES = {"min_free", "max_size"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of an operation; equal on all ranks, or the strictest one speaks first.
+    """The limits and switches of an operation. Pass equal values on all ranks.
 
-    Every field may be set by an environment variable: ``WEIGHTFERRY_`` and the field's name in capitals. What the
-    caller passes wins over the environment, which wins over the default.
+    Every field can be set by an environment variable: ``WEIGHTFERRY_`` and the name of the field in capitals. An
+    argument of the caller wins over the environment, and the environment over the default. If the values differ between
+    ranks, the strictest one takes effect first.
 
     Attributes
     ----------
     cache_dir : Path
-        The cache folder of this rank. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``. On a
-        cluster name a node-local folder (``/local/...``) where there is one.
+        Cache folder of this rank. On a cluster set it to a folder on a node-local disk (``/local/...``), if the nodes
+        have one. Default ``$XDG_CACHE_HOME/weightferry``, else ``~/.cache/weightferry``.
     cache_group : str
-        Name of the group that a new cache folder is for: all in it read and write there. Empty: it is this user's
-        alone, so that a gated model which one may read does not become readable to others. A folder that is there
-        already keeps its own rights, which what is made in it follows. Default empty.
+        Name of the Unix group that shares a new cache folder: its members can read and write everything in it. If
+        empty, only this user can access a new cache, so that other users cannot read gated models that this user may
+        read. An existing folder keeps its permissions, and new files in it follow them. Default empty.
     cache_tiers : tuple of Path
-        Other caches, as an administrator keeps them for all, looked at first and only read: what they hold is used
-        where it is. As a variable separated by commas; those that are not there are left out. Default none.
+        Further caches, such as one that an administrator maintains for all users. They are searched first and never
+        written to. A file in one of them is used where it is. In the environment variable, separate folders by commas.
+        A folder that does not exist is ignored. Default none.
     connections : int
-        Connections over which one leader reads at a time, at most: each time an origin says that it is too busy (HTTP
-        429, 503, 529) they are halved, and grow back one by one with its answers. Default 4.
+        Maximum number of connections over which one leader reads from an origin at the same time. When the origin
+        answers that it is too busy (HTTP 429, 503 or 529), the leader halves the number in use; each completed read
+        then adds one again. Default 4.
     connect_timeout, read_timeout : float
-        Seconds to wait for a connection, and for the next bytes on one, before it is given up and tried again.
-        Default 10 and 30.
+        Seconds to wait for a new connection, and for the next bytes on a connection, before it is closed and the
+        request is sent again. Default 10 and 30.
     stall_timeout : float
-        Seconds that bytes may stand still before an operation is given up. A connection without bytes is opened anew
-        after `read_timeout`, or a third of this where that is less. Default 300.
+        Seconds without any byte after which an operation fails. A connection without bytes is replaced after
+        `read_timeout`, or after a third of `stall_timeout` if that is less. Default 300.
     retries : int
-        How often in a row a read is tried again after a refusal or a broken connection, without a byte having come,
-        before the error is final; silence is limited by `stall_timeout` instead. Default 5.
+        How many times in a row a read is retried after an error or a broken connection, if no byte arrives in between.
+        Timeouts without bytes do not count; `stall_timeout` limits those. Default 5.
     retry_wait : float
-        Seconds before the first of these retries; doubled each time up to 60, with jitter. An origin's
-        ``Retry-After`` is honoured when it asks for more. Default 0.5.
+        Seconds before the first of these retries. Each further wait is twice as long, up to 60 seconds, with jitter. A
+        longer ``Retry-After`` of the origin is respected. Default 0.5.
     beat_interval : float
-        Seconds between two signs of life of a rank. Default 2.
+        Seconds between two heartbeats of a rank. Default 2.
     beat_timeout : float
-        Seconds without a sign of life after which a rank counts as dead. Default 15.
+        Seconds without a heartbeat after which a rank counts as dead; at least twice `beat_interval`. Default 15.
     agree_timeout : float
-        Seconds that ranks wait for the last one to call. Default 600.
+        Seconds that ranks wait until the last rank makes the call. Default 600.
     lock_timeout : float
-        Seconds to wait for another job's lock on a file before reading it from the origin all the same: the lock
-        saves bandwidth, correctness does not rest on it. Where holders give signs of life, on file systems that other
-        machines see too or that have no locks of their own, one that gives none for `beat_timeout` and
-        `visibility_timeout` together is not waited for. Default 1800.
+        Seconds to wait for a file lock of another job. After that the file is downloaded without the lock: locks only
+        save bandwidth, correctness does not depend on them. On a file system that other machines see, or without file
+        locks of its own, the holder of a lock sends heartbeats; if they stop for `beat_timeout` plus
+        `visibility_timeout` seconds, the wait ends early. Default 1800.
     visibility_timeout : float
-        Seconds that a file which is there may take to show on another machine: network file systems keep what they
-        know of a folder for a while. Default 60.
+        Seconds that a new file may need to appear on another machine: clients of network file systems cache the
+        content of folders. Default 60.
     domain : str
-        Ranks with the same text share one cache folder, others do not; empty: it is found out. What contradicts it is
-        an error. Default empty.
+        Ranks with the same text share one cache folder, ranks with different texts do not. If empty, weightferry
+        probes which ranks share a folder. A text that contradicts the probe is an error. Default empty.
     partial_ttl : float
-        Seconds after which a partial file that nobody writes to any more is removed. Default 86400.
+        Seconds without a write after which a partial file is removed. Default 86400.
     min_free : int
-        Bytes that stay free on the file system of a cache; as a variable also with a unit, ``50GB``. Default 0.
+        Bytes to keep free on the file system of a cache. The environment variable accepts a unit: ``50GB``. Default 0.
     max_size : int
-        Bytes that the content of a cache may have; as a variable also with a unit. What is missing makes room for
-        itself: what was staged longest ago is evicted, but for what living processes use. 0: no limit, and nothing is
-        ever evicted. Default 0.
+        Maximum size of the content of a cache in bytes. The environment variable accepts a unit. To make room for
+        missing files, the content that was staged longest ago is evicted, but none that a running process uses. 0 means
+        no limit: nothing is ever evicted. Default 0.
     allow_globals : tuple of str
-        ``module.name`` of what pickles may use beyond tensors and plain containers, in every file; as a variable
-        separated by commas. Default none. See `LoadOptions` to allow it for one file.
+        Names (``module.name``) that a pickle may use in addition to tensors and plain containers, for every file. In
+        the environment variable, separate them by commas. `LoadOptions` allows names for a single file. Default none.
     """
 
     cache_dir: Path = field(default_factory=lambda: default_cache_dir(os.environ))
@@ -103,27 +106,29 @@ class Settings:
         for spec in fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, int | float) and not (value > 0 or (value == 0 and spec.name in _MAY_BE_ZERO)):
-                raise BadRequest(f"setting {spec.name} must be above 0, it is {value}")
+                least = "0 or more" if spec.name in _MAY_BE_ZERO else "above 0"
+                raise BadRequest(f"setting {spec.name} is {value}, but must be {least}")
         if self.beat_timeout < 2 * self.beat_interval:
             raise BadRequest(
-                f"beat_timeout ({self.beat_timeout} s) must be at least twice beat_interval ({self.beat_interval} s)"
+                f"setting beat_timeout is {self.beat_timeout} s, but must be at least twice beat_interval "
+                f"({self.beat_interval} s)"
             )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
-        """Read the settings from the environment; `given` values that are not None win.
+        """Return the settings of the environment; a value in `given` that is not None wins over the environment.
 
         Raises
         ------
         BadRequest
-            A variable does not hold a number, or a number that makes no sense.
+            A variable is not a number or not a size, or a value is out of range.
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {"cache_dir": default_cache_dir(environ)}
         for spec in fields(cls):
             text = environ.get(PREFIX + spec.name.upper())
             if text and spec.name != "cache_dir":
-                values[spec.name] = _parsed(spec.name, text, str(spec.type))
+                values[spec.name] = _parse(spec.name, text, str(spec.type))
         values.update({name: value for name, value in given.items() if value is not None})
         values["cache_dir"] = Path(values["cache_dir"]).expanduser().absolute()
         tiers = values.get("cache_tiers", ())
@@ -132,21 +137,24 @@ class Settings:
 
 
 def default_cache_dir(environ: Mapping[str, str]) -> Path:
-    """Where the cache is when nobody says: the XDG cache folder's ``weightferry``."""
-    named = environ.get(PREFIX + "CACHE_DIR")
-    if named:
-        return Path(named).expanduser().absolute()
+    """Return the cache folder if the caller gives none.
+
+    It is ``WEIGHTFERRY_CACHE_DIR``, else ``weightferry`` in the XDG cache folder.
+    """
+    from_variable = environ.get(PREFIX + "CACHE_DIR")
+    if from_variable:
+        return Path(from_variable).expanduser().absolute()
     xdg = environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "weightferry"
 
 
 def byte_count(text: str) -> int:
-    """Read a size: ``1000``, ``50GB``, ``1.5TiB``.
+    """Return the bytes of a size such as ``1000``, ``50GB`` or ``1.5TiB``.
 
     Raises
     ------
     ValueError
-        It is none.
+        The text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kKMGT])(i?))?B?", text.strip())
     if not match:
@@ -155,15 +163,15 @@ def byte_count(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
 
 
-def _parsed(name: str, text: str, kind: str) -> Any:
-    if kind == "str":
+def _parse(name: str, text: str, type_name: str) -> Any:
+    if type_name == "str":
         return text
-    if kind.startswith("tuple"):
+    if type_name.startswith("tuple"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
         if name in _SIZES:
             return byte_count(text)
-        return int(text) if kind == "int" else float(text)
+        return int(text) if type_name == "int" else float(text)
     except ValueError:
-        kind = "a size" if name in _SIZES else "a whole number" if kind == "int" else "a number"
-        raise BadRequest(f"{PREFIX}{name.upper()} must be {kind}, it is {text!r}") from None
+        expected = "a size such as 50GB" if name in _SIZES else "a whole number" if type_name == "int" else "a number"
+        raise BadRequest(f"{PREFIX}{name.upper()} is {text!r}, but must be {expected}") from None

@@ -1,4 +1,4 @@
-"""What users write to say where weights come from, and what it means."""
+"""Sources of weights: the text that users write, and its parsed form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightferry.errors import BadRequest, redact
 
 
 class FetchFrom(Enum):
-    """Where a source lives, for sources whose text alone could mean two things."""
+    """The kind of a source, for a text that fits several kinds."""
 
     LOCAL = 1
     HUGGING_FACE = 2
@@ -22,7 +22,7 @@ class FetchFrom(Enum):
 
 
 class FetchSource(NamedTuple):
-    """A source together with where it lives, as in SpeechBrain: ``FetchSource(FetchFrom.LOCAL, "org/name")``."""
+    """A source of a given kind, as in SpeechBrain: ``FetchSource(FetchFrom.LOCAL, "org/name")``."""
 
     FetchFrom: FetchFrom
     path: str
@@ -33,22 +33,22 @@ SourceLike = str | Path | FetchSource
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """One thing that a rank wants: a file under a name, or a whole source.
+    """A rank's request for one file of a source, or for a whole source.
 
     Attributes
     ----------
     source : str
-        What the user wrote.
+        The text that the user wrote.
     kind : FetchFrom or None
-        Where it lives, when the user said so.
+        The kind of the source, if the user gave it.
     filename : str
-        A file below `source`; empty: `source` itself, whole.
+        Path of a file below `source`; if empty, the request is for all of `source`.
     revision : str or None
-        Branch, tag or commit, for the Hub.
+        Branch, tag or commit on the Hub.
     allow, ignore : tuple of str
-        Shell patterns on paths below the source; an empty `allow` allows all.
+        Shell patterns for paths below the source. An empty `allow` allows all paths.
     shards : bool
-        Whether the files that an index of shards names come with it.
+        Whether the request includes the files that an index of shards names.
     """
 
     source: str
@@ -70,7 +70,13 @@ class SourceRequest:
         ignore: str | Iterable[str] | None = None,
         shards: bool = False,
     ) -> SourceRequest:
-        """Make the value from what the interfaces accept: text, `Path` (always local) or `FetchSource`."""
+        """Return the request for a source as users write it: text, `Path` (always local) or `FetchSource`.
+
+        Raises
+        ------
+        BadRequest
+            The source or the revision is empty, or a text contains a NUL byte.
+        """
         kind = None
         if isinstance(source, FetchSource):
             kind, source = source.FetchFrom, source.path
@@ -78,14 +84,14 @@ class SourceRequest:
             kind = FetchFrom.LOCAL
         text = str(source)
         if not text or "\0" in text + filename:
-            raise BadRequest(f"not a source: {text + filename!r}")
+            raise BadRequest(f"not a source: {text + filename!r} is empty or contains a NUL byte")
         if revision == "":
-            raise BadRequest("the revision is empty; leave it out for the default branch", subject=text)
+            raise BadRequest("the revision is empty; use None for the default branch", subject=text)
         return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore), shards)
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return redact(f"{self.source}{at}" + (f"/{self.filename}" if self.filename else ""))
+        revision = f"@{self.revision}" if self.revision else ""
+        return redact(f"{self.source}{revision}" + (f"/{self.filename}" if self.filename else ""))
 
 
 def _patterns(given: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -94,24 +100,24 @@ def _patterns(given: str | Iterable[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Source:
-    """A source whose meaning is settled.
+    """A source, parsed.
 
     Attributes
     ----------
     scheme : str
         ``hf``, ``file``, ``http``, ``https``, or a scheme that fsspec knows.
     root : str
-        The repository id, the folder, or the URL above `path`.
+        The repository id, the folder, or the part of the URL above `path`.
     path : str
-        A file or folder below `root`; empty: all of it.
+        A file or folder below `root`; if empty, the whole root.
     revision : str or None
-        Branch, tag or commit, for the Hub; None is the default branch.
+        Branch, tag or commit on the Hub; None for the default branch.
     repo_type : str
-        ``model``, ``dataset`` or ``space``, for the Hub.
+        Type of the Hub repository: ``model``, ``dataset`` or ``space``.
     query : str
-        The query of an http(s) URL. It may hold a signature: never shown.
+        Query of an http(s) URL. It may contain a signature, so it is never shown.
     guessed : bool
-        The text could have been a local folder too.
+        Whether the text could also have been the name of a local folder.
     """
 
     scheme: str
@@ -124,21 +130,21 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """The text that names the root for ever: no revision, no user, no signature."""
+        """Permanent name of the root: without revision, user name and signature."""
         prefix = "" if self.repo_type == "model" else f"{self.repo_type}s/"
         text = f"{self.scheme}://{prefix}{self.root}" if self.scheme in ("hf", "file") else self.root
-        kept = [pair for pair in parse_qsl(self.query, keep_blank_values=True) if not _is_secret(pair[0])]
-        return _without_user(text) + (f"?{urlencode(kept)}" if kept else "")
+        public = [pair for pair in parse_qsl(self.query, keep_blank_values=True) if not _is_secret(pair[0])]
+        return _without_user(text) + (f"?{urlencode(public)}" if public else "")
 
     @property
     def repo_folder(self) -> str:
-        """The name of a repository's folder in a Hugging Face cache: huggingface_hub's `repo_folder_name`."""
+        """Folder name of the repository in a Hugging Face cache, as by huggingface_hub's `repo_folder_name`."""
         return "--".join([f"{self.repo_type}s", *self.root.split("/")])
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
+        revision = f"@{self.revision}" if self.revision else ""
         root, mark, query = self.identity.partition("?")
-        return redact(f"{root}{at}" + (f"/{self.path}" if self.path else "") + mark + query)
+        return redact(f"{root}{revision}" + (f"/{self.path}" if self.path else "") + mark + query)
 
 
 def _is_secret(parameter: str) -> bool:
@@ -150,62 +156,65 @@ def _without_user(url: str) -> str:
 
 
 def parse_source(request: SourceRequest, is_folder: Callable[[str], bool]) -> Source:
-    """Decide what the text of a source means.
+    """Parse the text of a source.
 
-    Text with a scheme means what it says. Text that can only be a path is a path. The rest is resolved as SpeechBrain
-    does: an existing local folder wins, otherwise it names a Hub repository (``org/name``, and what follows is a path
-    in it).
+    The scheme of a URL decides its kind. A text that can only be a path is a path. Any other text is resolved as in
+    SpeechBrain: if a local folder of that name exists, it is this folder; otherwise it is a Hub repository
+    (``org/name``, optionally followed by a path in it).
 
     Parameters
     ----------
-    ask
-        What the user wrote.
+    request
+        The request of the user.
     is_folder
-        Whether a local folder of that name exists; injected, so that this stays a function of its arguments.
+        Returns whether a local folder of that name exists. It is a parameter so that the result depends on the
+        arguments alone.
 
     Raises
     ------
     BadRequest
-        The text makes no sense in the place it says it lives, or a path climbs out of its source.
+        The text is not valid for its kind of source, or a path leaves its source.
     """
     text, kind = request.source, request.kind
     scheme = _scheme(text)
     if scheme == "file" and kind is not FetchFrom.HUGGING_FACE:
-        # The file's name is a part of the URL, and quoted like the rest of it.
-        return _local(_file_url_path(text), replace(request, filename=unquote(request.filename)))
+        # The file name is a part of the URL, so it is percent-encoded as well.
+        return _parse_local(_file_url_path(text), replace(request, filename=unquote(request.filename)))
     if kind is FetchFrom.LOCAL:
-        return _local(text, request)
+        return _parse_local(text, request)
     if kind is FetchFrom.URI and scheme in ("", "hf"):
-        raise BadRequest(f"{text!r} is not a URL", subject=str(request))
+        raise BadRequest(
+            f"{text!r} is not a URL; FetchFrom.URI needs a URL with a scheme other than hf", subject=str(request)
+        )
     if kind is FetchFrom.HUGGING_FACE or scheme == "hf":
-        return _hub(text, request)
+        return _parse_hub(text, request)
     if scheme in ("http", "https"):
-        return _http(text, request)
+        return _parse_http(text, request)
     if scheme:
-        root = re.sub(r"(?<![:/])/+$", "", text)  # but not those of memory://
+        root = re.sub(r"(?<![:/])/+$", "", text)  # removes trailing slashes, but not those of memory://
         return Source(scheme, root, path=safe_path(request.filename) if request.filename else "")
     if text.startswith(("/", "~", "./", "../")) or text in (".", "..") or is_folder(text):
-        return _local(text, request)
-    return _hub(text, request, guessed=True)
+        return _parse_local(text, request)
+    return _parse_hub(text, request, guessed=True)
 
 
 def safe_path(path: str) -> str:
-    """Return `path` if it stays below its root, in normal form.
+    """Return `path` in normal form, after a check that it stays below its root.
 
     Raises
     ------
     BadRequest
-        It is absolute, climbs out, or holds what no file system below a cache should see.
+        The path is empty or absolute, leaves its root with ``..``, or contains a backslash or a NUL byte.
     """
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
-        raise BadRequest(f"{path!r} climbs out of its source, or is no path below one", subject=path)
+        raise BadRequest(f"{path!r} must be a relative path without '..', backslashes or NUL bytes", subject=path)
     return "/".join(part for part in parts if part != ".")
 
 
 def _scheme(text: str) -> str:
-    # fsspec chains (zip://a::s3://b/c.zip, simplecache::s3://b/c) keep the first scheme; one letter would be a Windows
-    # drive.
+    # The scheme of an fsspec chain (zip://a::s3://b/c.zip, simplecache::s3://b/c) is the first one in it. A single
+    # letter would be a Windows drive.
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)(?:::[A-Za-z][A-Za-z0-9+.-]+)*://", text)
     return match[1].lower() if match else ""
 
@@ -213,59 +222,70 @@ def _scheme(text: str) -> str:
 def _file_url_path(text: str) -> str:
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise BadRequest(f"{text!r} names another host; use file:///path", subject=text)
+        raise BadRequest(f"{text!r} names a host; write file:///path for a local path", subject=text)
     return unquote(parts.path)
 
 
-def _local(text: str, request: SourceRequest) -> Source:
+def _parse_local(text: str, request: SourceRequest) -> Source:
     if request.revision:
-        raise BadRequest(f"{text!r} is a local path: it has no revision {request.revision!r}", subject=str(request))
-    # A local file may well lie above the working folder; only its name below `source` must stay below.
+        raise BadRequest(
+            f"{text!r} is a local path, so it has no revision {request.revision!r}; remove the revision",
+            subject=str(request),
+        )
+    # `source` itself may lie above the working folder; only the file name must stay below `source`.
     root = str(Path(text).expanduser().absolute())
     return Source("file", root, path=safe_path(request.filename) if request.filename else "")
 
 
 _REPO_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
-# The rules of huggingface.co for both parts of a repository id.
+# The rule of huggingface.co for both parts of a repository id.
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
 
-def _hub(text: str, request: SourceRequest, *, guessed: bool = False) -> Source:
+def _parse_hub(text: str, request: SourceRequest, *, guessed: bool = False) -> Source:
     rest = text[len("hf://") :] if _scheme(text) == "hf" else text
     repo_type = "model"
     head, _, tail = rest.partition("/")
     if head in _REPO_TYPES and tail and not guessed:
         repo_type, rest = _REPO_TYPES[head], tail
-    # hf://org/name@revision/path; a revision that holds a slash is written with %2F, as huggingface_hub does.
+    # hf://org/name@revision/path. A slash in a revision is written as %2F, as in huggingface_hub.
     match = re.fullmatch(
         r"(?P<repo>[^/@]+/[^/@]+|[^/@]+(?=@|$))(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?", rest.rstrip("/")
     )
     repo = match["repo"] if match else ""
-    if not match or not all(_REPO_PART.fullmatch(p) and "--" not in p and ".." not in p for p in repo.split("/")):
-        also = ": no such local folder, and not a Hub repository id" if guessed else ": not a Hub repository id"
-        raise BadRequest(f"{request.source!r}{also} (org/name)", subject=str(request))
-    written = unquote(match["revision"]) if match["revision"] else None
-    if written and request.revision and written != request.revision:
+    parts = repo.split("/")
+    if not match or not all(_REPO_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts):
+        tried = "neither an existing local folder nor" if guessed else "not"
+        raise BadRequest(f"{request.source!r} is {tried} a Hub repository id (org/name)", subject=str(request))
+    in_text = unquote(match["revision"]) if match["revision"] else None
+    if in_text and request.revision and in_text != request.revision:
         raise BadRequest(
-            f"{text!r} names revision {written!r}, the call names {request.revision!r}", subject=str(request)
+            f"{text!r} names revision {in_text!r}, but the call names revision {request.revision!r}; use only one",
+            subject=str(request),
         )
     path = "/".join(part for part in (match["path"] or "", request.filename) if part)
     return Source(
-        "hf", repo, safe_path(path) if path else "", written or request.revision, repo_type=repo_type, guessed=guessed
+        "hf", repo, safe_path(path) if path else "", in_text or request.revision, repo_type=repo_type, guessed=guessed
     )
 
 
-def _http(text: str, request: SourceRequest) -> Source:
-    # The query of a folder's URL (a signature, say) goes with every file in it.
+def _parse_http(text: str, request: SourceRequest) -> Source:
+    # The query of a folder's URL, such as a signature, applies to every file in the folder.
     above, mark, query = text.partition("?")
     url = f"{above.rstrip('/')}/{request.filename}{mark}{query}" if request.filename else text
     parts = urlsplit(url)
     folder, _, name = parts.path.rpartition("/")
     if not parts.hostname or not name:
-        raise BadRequest(f"{redact(url)!r} names no file; an http(s) folder cannot be listed", subject=redact(url))
+        raise BadRequest(
+            f"{redact(url)!r} does not name a file. http(s) cannot list folders: give the URL of each file",
+            subject=redact(url),
+        )
     if request.revision:
-        raise BadRequest(f"{redact(url)!r} has no revision {request.revision!r}", subject=redact(url))
+        raise BadRequest(
+            f"{redact(url)!r} is an http(s) URL, so it has no revision {request.revision!r}; remove the revision",
+            subject=redact(url),
+        )
     if ".." in PurePosixPath(unquote(parts.path)).parts:
-        raise BadRequest(f"{redact(url)!r} climbs out with '..'", subject=redact(url))
+        raise BadRequest(f"{redact(url)!r} contains '..'; write the URL without it", subject=redact(url))
     root = f"{parts.scheme}://{parts.netloc}{folder}"
     return Source(parts.scheme, root, path=safe_path(unquote(name)), query=parts.query)

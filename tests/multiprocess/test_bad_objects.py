@@ -117,7 +117,7 @@ def test_a_name_whose_link_climbs_out(model: Nodes, name: str) -> None:
     if name == "..":  # "...ckpt" is a name like any other
         assert [list(found) for found in values(gots)] == [[".."]] * 4
     else:
-        failed_alike(gots, BadRequest, "agree", ALL, "climbs out")
+        failed_alike(gots, BadRequest, "agree", ALL, "must be a relative path")
         assert not list(model.place.rglob("x.ckpt"))
     check_next_call(model, after)
 

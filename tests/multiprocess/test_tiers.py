@@ -206,7 +206,7 @@ class TestOffline:
             partial(jobs.stage, "org/model", revision="v2"),
         )
         climbing, *_ = model.tries(partial(jobs.stage, "org/model", revision="../../../x"))
-        failed_alike(climbing, BadRequest, "resolve", {0}, "climbs out")
+        failed_alike(climbing, BadRequest, "resolve", {0}, "must be a relative path")
         failed_alike(gots, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set", "closest there: org/model")
         failed_alike(part, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")
         failed_alike(index, OriginUnreachable, "resolve", {0}, "HF_HUB_OFFLINE is set")

@@ -21,13 +21,13 @@ from click.testing import CliRunner
 from tests.conftest import need
 from weightferry.cache import space, usage
 from weightferry.cache.evict import evict, remove_source
-from weightferry.cache.inventory import inventory, total
+from weightferry.cache.inventory import list_sources, content_size
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import FileLocks, LockTimeouts
-from weightferry.cache.partial_cleanup import unfinished
+from weightferry.cache.partial_cleanup import list_partial_data
 from weightferry.cache.space import check_space, make_room
 from weightferry.cache.survey import CacheSurveyor
-from weightferry.cache.usage import alone, serialized, use
+from weightferry.cache.usage import exclusive_use, serialized, hold_source
 from weightferry.cache.verify import verify
 from weightferry.cli import main
 from weightferry.errors import NoSpace, Stalled
@@ -66,13 +66,13 @@ class Cache:
         return repo
 
     def names(self) -> list[str]:
-        return [f"{held.name}@{commit.name}" for held in inventory(self.layout) for commit in held.commits]
+        return [f"{held.name}@{commit.name}" for held in list_sources(self.layout) for commit in held.commits]
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
     yield Cache(tmp_path / "cache")
-    usage.forget()
+    usage.release_held_sources()
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_content_that_nothing_shows_goes_last(cache: Cache) -> None:
 
 
 def test_what_this_process_uses_stays(three: Cache) -> None:
-    use(three.layout.used_lock("models--org--a"), lambda: None)
+    hold_source(three.layout.used_lock("models--org--a"), lambda: None)
     assert [one.source for one in evict(three.layout, 0)] == ["org/b", "org/c"]
     assert three.names() == ["org/a@1"]
-    usage.forget()
+    usage.release_held_sources()
     evict(three.layout, 0)
     assert three.names() == []
 
@@ -130,8 +130,8 @@ def test_what_this_process_uses_stays(three: Cache) -> None:
 def test_a_pin_dies_with_its_process(three: Cache) -> None:
     lock = three.layout.used_lock("models--org--b")
     code = (
-        "import time; from pathlib import Path; from weightferry.cache.usage import use\n"
-        f"use(Path({str(lock)!r}), lambda: None); print(flush=True); time.sleep(60)"
+        "import time; from pathlib import Path; from weightferry.cache.usage import hold_source\n"
+        f"hold_source(Path({str(lock)!r}), lambda: None); print(flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -151,18 +151,18 @@ def test_who_wants_a_source_waits_while_it_is_removed(three: Cache) -> None:
         if len(looks) == 3:
             stack.__exit__(None, None, None)
 
-    stack = alone(lock)
+    stack = exclusive_use(lock)
     assert stack.__enter__()
-    use(lock, look)
+    hold_source(lock, look)
     assert len(looks) == 3
-    assert remove_source(three.layout, inventory(three.layout)[0]) is None
+    assert remove_source(three.layout, list_sources(three.layout)[0]) is None
 
 
 def test_an_eviction_that_is_never_over(three: Cache) -> None:
     """A stopped process: whoever wants the source does not wait for ever, and is told who that is."""
-    with alone(three.layout.used_lock("models--org--a")), pytest.raises(Stalled, match=f"by process {os.getpid()}"):
-        use(three.layout.used_lock("models--org--a"), lambda: None, 0.2)
-    with alone(three.layout.space_lock), serialized(three.layout.space_lock, lambda: None, 0.2):
+    with exclusive_use(three.layout.used_lock("models--org--a")), pytest.raises(Stalled, match=f"by process {os.getpid()}"):
+        hold_source(three.layout.used_lock("models--org--a"), lambda: None, 0.2)
+    with exclusive_use(three.layout.space_lock), serialized(three.layout.space_lock, lambda: None, 0.2):
         pass
 
 
@@ -203,14 +203,14 @@ class TestRoom:
 
     def test_nothing_is_evicted_without_a_limit(self, three: Cache) -> None:
         self.make(three, Settings())
-        assert total(three.layout) == 3 * KB
+        assert content_size(three.layout) == 3 * KB
 
     def test_what_is_in_use_is_no_room(self, three: Cache) -> None:
         for name in "abc":
-            use(three.layout.used_lock(f"models--org--{name}"), lambda: None)
+            hold_source(three.layout.used_lock(f"models--org--{name}"), lambda: None)
         with pytest.raises(NoSpace, match="max_size"):
             self.make(three, Settings(max_size=4 * KB))
-        assert total(three.layout) == 3 * KB
+        assert content_size(three.layout) == 3 * KB
 
     def refused_beside(self, cache: Cache, *files: File) -> tuple[CacheSurveyor, list[tuple[PinnedSource, File]]]:
         """While one job brings 3 MB, another one has no room for as much; return that one."""
@@ -226,18 +226,18 @@ class TestRoom:
     def test_what_another_job_brings_counts(self, cache: Cache) -> None:
         """Each finds room by itself, and both together would not."""
         second, other = self.refused_beside(cache, File("a.bin", 3 * MB))
-        assert unfinished(cache.layout) == [], "no byte came: the space is given back"
+        assert list_partial_data(cache.layout) == [], "no byte came: the space is given back"
         make_room(second, other, Settings(max_size=5 * MB), lambda: None)
         second.release()
 
     def test_what_a_killed_job_left_makes_room_last(self, three: Cache) -> None:
         left, lacking = wanting(three.layout, File("left.bin", 3 * MB))
-        left.take_space()
+        left.reserve_space()
         path = three.layout.partial_of(*lacking[0])
         with path.with_name(f"{path.name}.journal").open("a") as journal:
             journal.write("0 1000 00000000\n")
-        (there,) = unfinished(three.layout)
-        self.make(three, Settings(max_size=5 * MB + 2 * KB + there.taken), size=5 * MB)
+        (there,) = list_partial_data(three.layout)
+        self.make(three, Settings(max_size=5 * MB + 2 * KB + there.disk_size), size=5 * MB)
         assert (three.names(), path.exists()) == (["org/b@1", "org/c@1"], True)
         with pytest.raises(NoSpace):
             self.make(three, Settings(max_size=4 * MB), size=2 * MB)
@@ -248,29 +248,29 @@ class TestRoom:
 
     def test_small_files_of_another_job_count(self, cache: Cache) -> None:
         self.refused_beside(cache, *(File(f"{number}.bin", 300 * KB) for number in range(10)))
-        assert unfinished(cache.layout) == []
+        assert list_partial_data(cache.layout) == []
 
     def test_what_a_killed_job_took_for_small_files_is_taken_over(self, cache: Cache) -> None:
         files = [File(f"{number}.bin", 300 * KB) for number in range(10)]
-        path = cache.layout.small_partial(PinnedSource(Source("hf", "org/new"), "1" * 40, ()))
+        path = cache.layout.small_files_partial(PinnedSource(Source("hf", "org/new"), "1" * 40, ()))
         path.parent.mkdir(parents=True)
         path.write_bytes(bytes(3 * MB))
         surveyor, lacking = wanting(cache.layout, *files)
         make_room(surveyor, lacking, Settings(max_size=4 * MB), lambda: None)
         surveyor.release()
-        assert unfinished(cache.layout) == []
+        assert list_partial_data(cache.layout) == []
 
     def test_what_a_killed_job_took_for_nothing_goes_at_once(self, cache: Cache) -> None:
         left, _ = wanting(cache.layout, File("left.bin", 3 * MB))
-        left.take_space()
+        left.reserve_space()
         self.make(cache, Settings())
-        assert len(unfinished(cache.layout)) == 1, "its job lives"
+        assert len(list_partial_data(cache.layout)) == 1, "its job lives"
         left._locks.release()  # as when it is killed
         self.make(cache, Settings())
-        assert unfinished(cache.layout) == []
+        assert list_partial_data(cache.layout) == []
 
     def test_what_never_fits_takes_nothing_away(self, three: Cache) -> None:
-        use(three.layout.used_lock("models--org--a"), lambda: None)
+        hold_source(three.layout.used_lock("models--org--a"), lambda: None)
         for size in (9 * KB, int(3.5 * KB)):
             with pytest.raises(NoSpace, match="max_size"):
                 self.make(three, Settings(max_size=4 * KB), size=size)
@@ -287,7 +287,7 @@ class TestRoom:
         def look() -> None:
             raise Looked
 
-        with alone(three.layout.space_lock), pytest.raises(Looked):
+        with exclusive_use(three.layout.space_lock), pytest.raises(Looked):
             make_room(surveyor, lacking, Settings(), look)
         surveyor.release()
 
@@ -300,7 +300,7 @@ class TestRoom:
         self, three: Cache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def disk(_: object) -> Any:
-            free = 10 * KB - total(three.layout)
+            free = 10 * KB - content_size(three.layout)
             return os.statvfs_result((1, 1, free, free, free, 1000, 1000, 1000, 0, 255))
 
         monkeypatch.setattr(space.os, "statvfs", disk)  # type: ignore[attr-defined]
@@ -346,7 +346,7 @@ class TestCommand:
 
     def test_where_and_ls(self, three: Cache) -> None:
         assert self.run(three, "where") == (0, f"{three.layout.root}\n")
-        use(three.layout.used_lock("models--org--b"), lambda: None)
+        hold_source(three.layout.used_lock("models--org--b"), lambda: None)
         self.run(three, "pin", "org/a")
         said = self.run(three, "ls", "--json")[1]
         rows = json.loads(said)
@@ -371,7 +371,7 @@ class TestCommand:
 
     def test_what_killed_jobs_left(self, cache: Cache) -> None:
         left, lacking = wanting(cache.layout, File("left.bin", 3 * MB))
-        left.take_space()
+        left.reserve_space()
         path = cache.layout.partial_of(*lacking[0])
         with path.with_name(f"{path.name}.journal").open("a") as journal:
             journal.write("0 1000 00000000\n")
@@ -389,7 +389,7 @@ class TestCommand:
         monkeypatch.setenv("WEIGHTFERRY_MAX_SIZE", "many")
         code, said = self.run(three, *arguments)
         assert (code, said.count("\n")) == (1, 1)
-        assert "WEIGHTFERRY_MAX_SIZE must be a size" in said
+        assert "WEIGHTFERRY_MAX_SIZE is 'many', but must be a size" in said
 
     def test_what_is_no_cache(self, three: Cache, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -20,7 +20,7 @@ SHA = hashlib.sha256(b"x").hexdigest()
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "a\\b", "a\0b", "", ".", "a//b", "./a", "a/"])
 def test_an_origin_cannot_make_a_file_climb(path: str) -> None:
-    with pytest.raises(ValueError, match=r"climbs|normal form"):
+    with pytest.raises(ValueError, match=r"relative path|normal form"):
         File(path, 1)
 
 

@@ -72,7 +72,7 @@ OTHERS = {
     "index": (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "which is not beside it"),
     "index of nothing": (b'{"weight_map": {}}', "names no tensors"),
     "index of another kind": (b'{"weight_map": [1, 2]}', "no index of shards"),
-    "index that climbs": (b'{"weight_map": {"a": "../../etc/passwd"}}', "climbs out"),
+    "index that climbs": (b'{"weight_map": {"a": "../../etc/passwd"}}', "must be a relative path"),
     "text": (b"404: Not Found", "'404: Not Found'"),
     "gzip": (gzip.compress(b"x"), "gzip"),
     "zip of another": (zipped(), "weights.npy"),
