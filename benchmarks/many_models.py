@@ -21,7 +21,7 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import FileLocks, LockTimeouts
-from weightferry.cache.publish import publish, show
+from weightferry.cache.publish import link_snapshot, publish
 from weightferry.cache.space import make_room
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.hashing import Checksum
@@ -51,7 +51,7 @@ def fill(layout: CacheLayout, models: int) -> PinnedSource:
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content[file.path] if number == models - 1 or file.path != "weights" else b"")
             publish(layout, pinned, file, partial, file.key, sync=False)
-        show(layout, pinned)
+        link_snapshot(layout, pinned)
     return pinned
 
 
@@ -59,7 +59,7 @@ def survey(layout: CacheLayout, pinned: PinnedSource, settings: Settings) -> Non
     """What a leader does between resolve and transfer."""
     surveyor = CacheSurveyor(layout, Manifest((pinned,)), FileLocks(LockTimeouts(5), lambda: None))
     seen = surveyor.survey()
-    lacking = [entry for index, entry in enumerate(surveyor.files) if index not in seen.whole]
+    lacking = [entry for index, entry in enumerate(surveyor.files) if index not in seen.complete]
     make_room(surveyor, lacking, settings, lambda: None)
     surveyor.release()
 

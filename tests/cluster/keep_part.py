@@ -19,7 +19,7 @@ def main() -> None:
     start, stop = (len(content) * place // of for place in (number, number + 1))
     partial = PartialFile(cache / "partial" / blob.parents[1].name / sha256, len(content), sha256)
     partial.write(start, content[start:stop])
-    partial.note(WrittenRange(start, stop, zlib.crc32(content[start:stop])))
+    partial.record(WrittenRange(start, stop, zlib.crc32(content[start:stop])))
     blob.unlink()
 
 

@@ -110,5 +110,5 @@ def test_a_disk_that_is_too_small_is_named_before_a_byte_moves(hub: Served, test
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "survey on node4 (rank 3" in line]
     assert len(said) == 4, done.stderr
-    assert "are free" in said[0]
+    assert "not enough" in said[0]
     assert hub.content_bytes() == before

@@ -51,7 +51,7 @@ def little_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path
 
 def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     gots, after = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/little"))
-    failed_alike(gots, NoSpace, "survey", {2}, "2 files need 3.15 MB", str(little_disk), "leader of ranks 2-3")
+    failed_alike(gots, NoSpace, "survey", {2}, "needs 3.15 MB for 2 files", str(little_disk), "leader of ranks 2-3")
     assert model.hub.content_bytes() == len(b"abc"), "found before the first byte came"
     assert max(got.seconds for got in gots) < 30
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4

@@ -118,7 +118,7 @@ def test_one_rank_tells_all_and_the_others_a_line(model: Nodes, node: int) -> No
     assert re.match(r"weightferry: \w+: (resolve|transfer) on ", first), first
     assert f"(rank {2 * node}" in first
     for rank, err in enumerate(others, start=1):
-        told = [line for line in err.splitlines() if "weightferry.cache.locks: going on without" not in line]
+        told = [line for line in err.splitlines() if "weightferry.cache.locks: continuing without" not in line]
         assert len(told) == 1
         assert told[0].startswith(f"weightferry: rank {rank} stops: ")
 

@@ -47,7 +47,7 @@ def stage(nodes: Nodes, flock: int, *, world_size: int = 2) -> list[dict[str, st
 def test_the_choice_is_in_the_report(model: Nodes, flock: int) -> None:
     (gots,) = model.tries(without(flock, partial(jobs.report, "org/model")))
     said = {domain["locks"] for domain in values(gots)[0]["domains"]}
-    assert said == {"files (flock succeeds for everybody)" if flock == 0 else "files (flock: Function not implemented)"}
+    assert said == {"files (flock grants one lock twice)" if flock == 0 else "files (flock: Function not implemented)"}
     assert model.hub.content_bytes() == sum(map(len, FILES.values()))
     for rank in (0, 2):
         check_cache(model.cache(rank))

@@ -105,7 +105,7 @@ class TestTier:
     def test_one_that_anybody_may_write_to(self, model: Nodes, tier: Path) -> None:
         tier.chmod(0o777)
         (gots,) = model.tries(partial(jobs.stage, "org/model"))
-        failed_alike(gots, BadRequest, "agree", {0, 1, 2, 3}, "anybody may write", str(tier))
+        failed_alike(gots, BadRequest, "agree", {0, 1, 2, 3}, "every user may write", str(tier))
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def keep_a_part(four: Nodes, rank: int, start: int, stop: int) -> None:
     partial_data = four.cache(rank) / "partial" / "models--org--model" / blob.name
     there = PartialFile(partial_data, len(WEIGHTS), blob.name)
     there.write(start, WEIGHTS[start:stop])
-    there.note(WrittenRange(start, stop, zlib.crc32(WEIGHTS[start:stop])))
+    there.record(WrittenRange(start, stop, zlib.crc32(WEIGHTS[start:stop])))
     blob.unlink()
 
 

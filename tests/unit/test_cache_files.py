@@ -14,11 +14,11 @@ from huggingface_hub.file_download import repo_folder_name
 
 from tests.unit.doubles import SOURCE, hub_source, manifest_of, pin, surveyor_of
 from weightferry.cache import verified_notes
-from weightferry.cache.atomic import point, write_atomically
+from weightferry.cache.atomic import replace_symlink, write_atomically
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.lock_support import LockSupport
-from weightferry.cache.partial_cleanup import sweep
-from weightferry.cache.publish import publish, show
+from weightferry.cache.partial_cleanup import remove_expired
+from weightferry.cache.publish import link_snapshot, publish
 from weightferry.cache.survey import DomainSurvey, is_complete, known_sha256
 from weightferry.cache.verified_notes import is_verified, note_verified
 from weightferry.errors import BadRequest
@@ -119,7 +119,7 @@ class TestLayout:
 
 class TestPoint:
     def test_new_with_parents(self, tmp_path: Path) -> None:
-        point(tmp_path / "a/b/link", "target")
+        replace_symlink(tmp_path / "a/b/link", "target")
         assert os.readlink(tmp_path / "a/b/link") == "target"
 
     @pytest.mark.parametrize("there", ["file", "link", "dangling", "link to a folder"])
@@ -129,27 +129,27 @@ class TestPoint:
             link.write_text("old")
         else:
             link.symlink_to({"link": __file__, "dangling": "nowhere", "link to a folder": str(tmp_path)}[there])
-        point(link, "target")
+        replace_symlink(link, "target")
         assert os.readlink(link) == "target"
         assert list(tmp_path.iterdir()) == [link]
 
     def test_nothing_happens_when_it_is_right(self, tmp_path: Path) -> None:
-        point(tmp_path / "link", "target")
+        replace_symlink(tmp_path / "link", "target")
         before = (tmp_path / "link").lstat()
-        point(tmp_path / "link", Path("target"))
+        replace_symlink(tmp_path / "link", Path("target"))
         after = (tmp_path / "link").lstat()
         assert (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns)
 
     def test_a_folder_is_not_ours_to_remove(self, tmp_path: Path) -> None:
         (tmp_path / "link").mkdir()
         with pytest.raises(BadRequest, match="folder is in the way"):
-            point(tmp_path / "link", "target")
+            replace_symlink(tmp_path / "link", "target")
         assert (tmp_path / "link").is_dir()
         assert len(list(tmp_path.iterdir())) == 1
 
     def test_long_names(self, tmp_path: Path) -> None:
         name = "日" * 85  # 255 bytes, the most a name may have
-        point(tmp_path / name, "target")
+        replace_symlink(tmp_path / name, "target")
         assert (tmp_path / name).is_symlink()
 
     def test_it_is_never_missing_while_many_make_it(self, tmp_path: Path) -> None:
@@ -157,12 +157,12 @@ class TestPoint:
         for target in targets:
             target.write_text("content")
         link, over, missed = tmp_path / "link", threading.Event(), []
-        point(link, targets[0])
+        replace_symlink(link, targets[0])
 
         def hammer(number: int) -> None:
             while not over.is_set():
                 number = (number + 1) % len(targets)
-                point(link, targets[number])
+                replace_symlink(link, targets[number])
 
         def read() -> None:
             while not over.is_set():
@@ -224,25 +224,25 @@ class TestPublishAndSurvey:
 
     def test_published_is_whole(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}))
-        assert surveyed(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).complete == {}
         self.put(layout, manifest, b"abc")
-        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).complete == {0: hashlib.sha256(b"abc").hexdigest()}
 
     @pytest.mark.parametrize("publishes", ["sha256", "git-sha1", None])
     @pytest.mark.parametrize("torn", [b"", b"ab", b"abcd"])
     def test_a_wrong_size_is_not_whole(self, layout: CacheLayout, publishes, torn: bytes) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=publishes))
         self.put(layout, manifest, torn)
-        assert surveyed(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).complete == {}
 
     def test_wrong_bytes_of_a_git_blob_are_not_whole(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes="git-sha1"))
         here, file = self.put(layout, manifest, b"abX")
         assert is_complete(layout, here, file), "the size is right"
         assert known_sha256(layout, here, file) is None
-        assert surveyed(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).complete == {}
         self.put(layout, manifest, b"abc")
-        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).complete == {0: hashlib.sha256(b"abc").hexdigest()}
 
     @pytest.mark.parametrize("kind", ["folder", "dangling link", "fifo"])
     def test_a_name_proves_nothing(self, layout: CacheLayout, kind: str) -> None:
@@ -250,20 +250,20 @@ class TestPublishAndSurvey:
         blob = layout.blob(*next(manifest.staged()))
         blob.parent.mkdir(parents=True)
         {"folder": blob.mkdir, "dangling link": lambda: blob.symlink_to("no"), "fifo": lambda: os.mkfifo(blob)}[kind]()
-        assert surveyed(layout, manifest).whole == {}
+        assert surveyed(layout, manifest).complete == {}
 
     def test_the_digest_is_noted_where_the_origin_has_none(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=None))
         here, file = self.put(layout, manifest, b"abc")
-        assert surveyed(layout, manifest).whole == {0: hashlib.sha256(b"abc").hexdigest()}
+        assert surveyed(layout, manifest).complete == {0: hashlib.sha256(b"abc").hexdigest()}
         layout.sha256_note(here, file).unlink()
-        assert surveyed(layout, manifest).whole == {0: ""}, "whole, its digest unknown"
+        assert surveyed(layout, manifest).complete == {0: ""}, "whole, its digest unknown"
 
     def test_show(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"a/b/m.bin": b"abc"}), hub_source())
         here, file = self.put(layout, manifest, b"abc")
-        show(layout, here)
-        show(layout, here)
+        link_snapshot(layout, here)
+        link_snapshot(layout, here)
         pointer = layout.pointer(here, file)
         assert pointer.read_bytes() == b"abc"
         assert os.readlink(pointer) == f"../../../../blobs/{file.key}", "relative: the cache may be moved or mounted"
@@ -277,7 +277,7 @@ class TestPublishAndSurvey:
             path.write_bytes(b"part")
         for path in (old, theirs):
             os.utime(path, (time.time() - 100, time.time() - 100))
-        sweep(layout, (), 50, LockSupport())
+        remove_expired(layout, (), 50, LockSupport())
         assert not old.exists()
         assert new.exists()
         assert not theirs.exists(), "nobody may ever want that file again"
@@ -297,7 +297,7 @@ def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
     assert known_sha256(layout, here, file) == checksum.hexdigest
     layout.blob(here, file).write_bytes(b"wrong" * 300_000)
     assert known_sha256(layout, here, file) is None
-    assert surveyed(layout, Manifest((here,))).whole == {}
+    assert surveyed(layout, Manifest((here,))).complete == {}
     # What another program brought here is hashed once, and then believed while it does not change.
     layout.blob(here, file).write_bytes(content)
     assert known_sha256(layout, here, file) == checksum.hexdigest

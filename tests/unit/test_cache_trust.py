@@ -16,10 +16,10 @@ from weightferry.cache.evict import evict
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.lock_support import LockSupport
 from weightferry.cache.partial import PartialFile
-from weightferry.cache.partial_cleanup import sweep
+from weightferry.cache.partial_cleanup import remove_expired
 from weightferry.cache.permissions import make_folder, touch
-from weightferry.cache.trust import prepare
-from weightferry.cache.usage import use
+from weightferry.cache.trust import prepare_cache_folder
+from weightferry.cache.usage import hold_source
 from weightferry.errors import BadRequest
 
 NOBODY = pwd.getpwnam("nobody")
@@ -57,21 +57,21 @@ def place() -> Iterator[Path]:
 
 
 def check(root: Path, *, groups: tuple[int, ...] = ()) -> str:
-    return as_user(lambda: prepare(CacheLayout(root)), groups=groups)
+    return as_user(lambda: prepare_cache_folder(CacheLayout(root)), groups=groups)
 
 
 def test_a_new_cache_is_its_users_alone(tmp_path: Path) -> None:
-    prepare(CacheLayout(tmp_path / "a/cache"))
+    prepare_cache_folder(CacheLayout(tmp_path / "a/cache"))
     assert (tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
-    prepare(CacheLayout(tmp_path / "a/cache"))
+    prepare_cache_folder(CacheLayout(tmp_path / "a/cache"))
 
 
 def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    with pytest.raises(BadRequest, match="anybody may write"):
-        prepare(CacheLayout(tmp_path))
+    with pytest.raises(BadRequest, match="every user may write"):
+        prepare_cache_folder(CacheLayout(tmp_path))
     tmp_path.chmod(0o1777)
-    prepare(CacheLayout(tmp_path))
+    prepare_cache_folder(CacheLayout(tmp_path))
 
 
 def test_a_stranger_below_a_folder_that_anybody_may_write_to(place: Path) -> None:
@@ -129,8 +129,8 @@ def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
     link = common / "cache"
     link.symlink_to(place / "elsewhere")
     os.lchown(link, OTHER, OTHER)
-    assert f"user {OTHER} put into a folder" in check(link)
-    assert "put into a folder" in check(link / "below")
+    assert f"made by user {OTHER} in a folder that every user may write to" in check(link)
+    assert "in a folder that every user may write to" in check(link / "below")
     os.lchown(link, NOBODY.pw_uid, NOBODY.pw_gid)
     assert check(link) == ""
 
@@ -138,7 +138,7 @@ def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
 def test_private_stays_private(place: Path) -> None:
     """What root staged for itself, nobody else reads."""
     root = place / "cache"
-    prepare(CacheLayout(root))
+    prepare_cache_folder(CacheLayout(root))
     (root / "blob").write_bytes(b"secret")
     assert "PermissionError" in as_user((root / "blob").read_bytes)
 
@@ -166,7 +166,7 @@ class TestLinks:
     def test_nothing_is_swept_or_evicted_through_one(self, layout: CacheLayout, home: Path) -> None:
         for name in ("partial/x", "verified/x", "hub/models--o--bait/snapshots", "hub/models--o--bait/blobs", "hub/x"):
             (layout.root / name).symlink_to(home)
-        sweep(layout, (), 0, LockSupport(), ["x"])
+        remove_expired(layout, (), 0, LockSupport(), ["x"])
         evict(layout, -1)
         assert sorted(path.name for path in home.iterdir()) == [".notes", "folder", "thesis"]
 
@@ -174,9 +174,9 @@ class TestLinks:
         (layout.root / "probe.lock").symlink_to(home / "evil")
         (layout.root / "used/models--o--bait.lock").symlink_to(home / "evil")
         evict(layout, -1)
-        use(layout.used_lock("models--o--bait"), lambda: None)
+        hold_source(layout.used_lock("models--o--bait"), lambda: None)
         with pytest.raises(OSError, match="symbolic links"):
-            touch(layout.probe)
+            touch(layout.probe_lock)
         assert not (home / "evil").exists()
 
     def test_partial_data_is_not_written_into_one(self, layout: CacheLayout, home: Path) -> None:
@@ -192,6 +192,6 @@ class TestLinks:
         os.chown(root, NOBODY.pw_uid, NOBODY.pw_gid)
         (root / "hub").symlink_to("/tmp")
         os.lchown(root / "hub", OTHER, OTHER)
-        assert f"a link that user {OTHER} put" in check(root)
+        assert f"is a symbolic link made by user {OTHER}" in check(root)
         os.lchown(root / "hub", NOBODY.pw_uid, NOBODY.pw_gid)
         assert check(root) == ""

@@ -22,7 +22,7 @@ from huggingface_hub.utils import WeakFileLock
 from tests.unit.doubles import FakeMonitor, Over
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.lock_holder import LockHolder
-from weightferry.cache.lock_support import LockSupport, exclusion
+from weightferry.cache.lock_support import LockSupport, detect_lock_support
 from weightferry.cache.locks import FileLocks, LockTimeouts
 
 HOLD = """
@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 from weightferry.cache.locks import FileLocks, LockTimeouts
 locks, path = FileLocks(LockTimeouts(10), lambda: None), Path(sys.argv[1])
-locks.wait({path})
-print(locks.held(path), flush=True)
+locks.acquire({path})
+print(locks.is_held(path), flush=True)
 sys.stdin.read()
 """
 
@@ -40,8 +40,8 @@ sys.stdin.read()
 def content_lock(path: Path, timeout: float, check: Callable[[], None]) -> Iterator[bool]:
     locks = FileLocks(LockTimeouts(timeout), check)
     try:
-        locks.wait({path})
-        yield locks.held(path)
+        locks.acquire({path})
+        yield locks.is_held(path)
     finally:
         locks.release()
 
@@ -99,8 +99,8 @@ def test_another_process_excludes(path: Path, monitor: FakeMonitor, caplog: pyte
         assert holder.stdout.readline() == "True\n"
         with caplog.at_level(logging.WARNING), content_lock(path, 0.1, monitor.check) as held:
             assert not held
-        assert "going on without the lock" in caplog.text
-        assert f"held by process {holder.pid} on {socket.gethostname()} (job 815)" in caplog.text
+        assert "continuing without the lock" in caplog.text
+        assert f"process {holder.pid} on {socket.gethostname()} (job 815) still holds it" in caplog.text
         holder.kill()  # a lock must not outlive its holder
         holder.wait()
         with content_lock(path, 10, monitor.check) as held:
@@ -129,7 +129,7 @@ def test_file_systems_without_locks(
     for _ in range(2):
         with content_lock(path, 1, monitor.check) as held:
             assert not held
-    assert caplog.text.count("going on without the lock") == 2
+    assert caplog.text.count("continuing without the lock") == 2
     monkeypatch.undo()
     # A soft lock in its place would be a file that a killed job leaves behind, and everybody after it waits.
     with content_lock(path, 1, monitor.check) as held:
@@ -143,49 +143,49 @@ def test_somebody_elses_cache(
     monkeypatch.setattr(Path, "mkdir", failing(number))
     with content_lock(path, 1, monitor.check) as held:
         assert not held
-    assert "going on without the lock" in caplog.text
+    assert "continuing without the lock" in caplog.text
 
 
 def test_what_others_hold_is_not_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
     first, second = FileLocks(LockTimeouts(60), monitor.check), FileLocks(LockTimeouts(60), monitor.check)
     a, b = tmp_path / "a.lock", tmp_path / "b.lock"
-    assert first.take({a}) == set()
-    assert second.take({a, b}) == {a}
-    assert (second.held(a), second.held(b)) == (False, True)
+    assert first.try_acquire({a}) == set()
+    assert second.try_acquire({a, b}) == {a}
+    assert (second.is_held(a), second.is_held(b)) == (False, True)
     first.release()
-    assert second.take({a, b}) == set()
+    assert second.try_acquire({a, b}) == set()
     second.release()
-    assert not second.held(a)
+    assert not second.is_held(a)
 
 
 def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job on two machines saw it; one on one machine, or who evicts, cannot."""
     monkeypatch.setattr("weightferry.cache.lock_support.is_local", lambda _: False)
     layout = CacheLayout(tmp_path)
-    assert exclusion(layout).by_flock
-    assert not exclusion(layout, across=False).by_flock
-    assert str(exclusion(layout)) == "files (flock succeeds on two machines at once)"
+    assert detect_lock_support(layout).flock_works
+    assert not detect_lock_support(layout, across_machines=False).flock_works
+    assert str(detect_lock_support(layout)) == "files (flock succeeds on two machines at once)"
 
 
 class TestHolder:
     def test_a_living_process_is_not_dead(self) -> None:
-        assert not LockHolder.me().is_dead
-        assert not replace(LockHolder.me(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
+        assert not LockHolder.this_process().is_dead
+        assert not replace(LockHolder.this_process(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
 
     def test_one_that_ended_or_whose_number_another_one_has(self) -> None:
         with subprocess.Popen(["true"]) as ended:
             pass
-        assert replace(LockHolder.me(), pid=ended.pid).is_dead
-        assert replace(LockHolder.me(), started="1").is_dead
+        assert replace(LockHolder.this_process(), pid=ended.pid).is_dead
+        assert replace(LockHolder.this_process(), started="1").is_dead
 
     def test_one_that_is_hidden_from_this_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        me = LockHolder.me()
-        monkeypatch.setattr("weightferry.cache.lock_holder._start_of", lambda _: "")
-        assert not me.is_dead
+        holder = LockHolder.this_process()
+        monkeypatch.setattr("weightferry.cache.lock_holder._start_time", lambda _: "")
+        assert not holder.is_dead
 
     def test_a_note_is_read_as_it_was_written(self, tmp_path: Path) -> None:
-        holder = replace(LockHolder.me(), claims=("held-1", "intent-1"))
-        (tmp_path / "note").write_text(holder.text)
+        holder = replace(LockHolder.this_process(), claims=("held-1", "intent-1"))
+        (tmp_path / "note").write_text(holder.json_text)
         assert LockHolder.read(tmp_path / "note") == holder
         for text in ("", "[]", "{}", '{"host": "h"}'):
             (tmp_path / "note").write_text(text)
@@ -194,23 +194,23 @@ class TestHolder:
 
 def test_only_the_claims_of_the_dead_are_broken(path: Path, monitor: FakeMonitor) -> None:
     """The note that a process left which died may lie beside the claim of another one that lives."""
-    soft = LockSupport("as if", noted=True)
+    soft = LockSupport("as if", holder_notes=True)
     first, second = FileLocks(LockTimeouts(0.3), monitor.check, soft), FileLocks(LockTimeouts(0.3), monitor.check, soft)
-    first.wait({path})
-    dead = replace(LockHolder.me(), started="1", claims=("held-v1-0.claim",))
-    path.with_suffix(".holder").write_text(dead.text)
-    assert second.take({path}) == {path}
-    assert first.held(path)
+    first.acquire({path})
+    dead = replace(LockHolder.this_process(), started="1", claims=("held-v1-0.claim",))
+    path.with_suffix(".holder").write_text(dead.json_text)
+    assert second.try_acquire({path}) == {path}
+    assert first.is_held(path)
     first.release()
 
 
 def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
     first, second = FileLocks(LockTimeouts(9), monitor.check), FileLocks(LockTimeouts(0.5), monitor.check)
     paths = {tmp_path / f"{number}.lock" for number in range(10)}
-    first.wait(paths)
+    first.acquire(paths)
     began = time.monotonic()
-    second.wait(paths)
-    assert not any(second.held(path) for path in paths)
+    second.acquire(paths)
+    assert not any(second.is_held(path) for path in paths)
     assert time.monotonic() - began < 10 * 0.5 + 2, "each is looked at once more"
     first.release()
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from weightferry.cache.extents import Extents
-from weightferry.cache.partial import PartialFile, WrittenRange, discard, journal_of, verified_ranges
+from weightferry.cache.partial import PartialFile, WrittenRange, discard, journal_path, verified_ranges
 
 SIZE = 5000
 CONTENT = random.Random(0).randbytes(SIZE)
 
 
-def run(start: int, stop: int) -> WrittenRange:
+def written(start: int, stop: int) -> WrittenRange:
     return WrittenRange(start, stop, zlib.crc32(CONTENT[start:stop]))
 
 
@@ -28,7 +28,7 @@ def write(path: Path, *ranges: tuple[int, int]) -> None:
     partial = PartialFile(path, SIZE, "key")
     for start, stop in ranges:
         partial.write(start, CONTENT[start:stop])
-        partial.note(run(start, stop))
+        partial.record(written(start, stop))
 
 
 class TestExtents:
@@ -61,9 +61,9 @@ def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "key"
     write(path, (0, 1000), (3000, 4000))
     runs = verified_ranges(path, SIZE, "key")
-    assert runs == [run(0, 1000), run(3000, 4000)]
+    assert runs == [written(0, 1000), written(3000, 4000)]
     again = PartialFile(path, SIZE, "key", runs)
-    assert list(again.there) == [(0, 1000), (3000, 4000)]
+    assert list(again.present) == [(0, 1000), (3000, 4000)]
     assert again.missing(0, SIZE) == [(1000, 3000), (4000, SIZE)]
     assert b"".join(map(bytes, again.read(3000, 4000))) == CONTENT[3000:4000]
     assert path.stat().st_size == SIZE
@@ -78,10 +78,10 @@ def test_it_survives_a_killed_writer(tmp_path: Path) -> None:
     path = tmp_path / "key"
     code = (
         "import os, pathlib, signal, sys, zlib\n"
-        "from weightferry.cache.partial import Partial, Run\n"
-        "partial = Partial(pathlib.Path(sys.argv[1]), 5000, 'key')\n"
+        "from weightferry.cache.partial import PartialFile, WrittenRange\n"
+        "partial = PartialFile(pathlib.Path(sys.argv[1]), 5000, 'key')\n"
         "partial.write(7, b'abc')\n"
-        "partial.note(Run(7, 10, zlib.crc32(b'abc')))\n"
+        "partial.record(WrittenRange(7, 10, zlib.crc32(b'abc')))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
@@ -96,7 +96,7 @@ def test_a_damaged_run_costs_that_run(tmp_path: Path, flipped: int) -> None:
     with path.open("r+b") as file:
         file.seek(flipped)
         file.write(bytes([CONTENT[flipped] ^ 1]))
-    assert verified_ranges(path, SIZE, "key") == [run(3000, 4000) if flipped < 1000 else run(0, 1000)]
+    assert verified_ranges(path, SIZE, "key") == [written(3000, 4000) if flipped < 1000 else written(0, 1000)]
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_a_damaged_run_costs_that_run(tmp_path: Path, flipped: int) -> None:
 def test_a_lying_journal_costs_what_it_lies_about(tmp_path: Path, lie: str) -> None:
     path = tmp_path / "key"
     write(path, (0, 1000))
-    with journal_of(path).open("a") as journal:
+    with journal_path(path).open("a") as journal:
         journal.write(lie)  # torn: no end of line
-    assert verified_ranges(path, SIZE, "key") == [run(0, 1000)]
+    assert verified_ranges(path, SIZE, "key") == [written(0, 1000)]
     again = PartialFile(path, SIZE, "key", verified_ranges(path, SIZE, "key"))
     again.write(1000, CONTENT[1000:2000])
-    again.note(run(1000, 2000))
-    assert verified_ranges(path, SIZE, "key") == [run(0, 1000), run(1000, 2000)]
+    again.record(written(1000, 2000))
+    assert verified_ranges(path, SIZE, "key") == [written(0, 1000), written(1000, 2000)]
 
 
 @pytest.mark.parametrize(("size", "content"), [(SIZE, "other"), (SIZE + 1, "key"), (None, "key")])
@@ -124,7 +124,7 @@ def test_data_of_another_content_is_not_used(tmp_path: Path, size: int | None, c
 def test_data_that_is_shorter_than_its_journal_says(tmp_path: Path) -> None:
     write(tmp_path / "key", (0, 1000), (3000, 4000))
     os.truncate(tmp_path / "key", 3500)
-    assert verified_ranges(tmp_path / "key", SIZE, "key") == [run(0, 1000)]
+    assert verified_ranges(tmp_path / "key", SIZE, "key") == [written(0, 1000)]
 
 
 def test_the_space_is_taken_before_the_first_byte(tmp_path: Path) -> None:

@@ -137,19 +137,19 @@ class TestPlan:
         assert max(read) - min(read) <= 4 * MIB
 
     def test_of_a_piece_that_is_there_in_part_the_rest_is_read(self) -> None:
-        surveys = {0: DomainSurvey(), 1: DomainSurvey(parts={0: Extents([(0, 3 * MIB)])}), 2: DomainSurvey()}
+        surveys = {0: DomainSurvey(), 1: DomainSurvey(partial_ranges={0: Extents([(0, 3 * MIB)])}), 2: DomainSurvey()}
         made = plan(manifest(4 * MIB), surveys)
         assert [piece.size for piece in made.pieces] == [3 * MIB, MIB]
         assert made.reads == {0: (1,), 1: (), 2: ()}
 
     def test_in_a_torn_file_who_has_part_of_a_piece_reads_the_rest(self) -> None:
         torn = Extents((start, start + 1000) for start in range(0, 3 * MIB, 4096))
-        made = plan(manifest(4 * MIB), {0: DomainSurvey(), 1: DomainSurvey(parts={0: torn}), 2: DomainSurvey()})
+        made = plan(manifest(4 * MIB), {0: DomainSurvey(), 1: DomainSurvey(partial_ranges={0: torn}), 2: DomainSurvey()})
         assert made.reads == {0: (), 1: (0,), 2: ()}
 
     def test_thirds_make_a_whole(self) -> None:
         third = 20 * MIB
-        surveys = {n: DomainSurvey(parts={0: Extents([(n * third, (n + 1) * third)])}) for n in range(3)} | {
+        surveys = {n: DomainSurvey(partial_ranges={0: Extents([(n * third, (n + 1) * third)])}) for n in range(3)} | {
             3: DomainSurvey()
         }
         made = plan(manifest(3 * third), surveys)

@@ -38,7 +38,7 @@ class Leader:
         surveyor = surveyor_of(self.layout, self.manifest)
         try:
             held = surveyor.survey()
-            lacking = tuple(index for index in self.manifest.contents() if index not in held.whole)
+            lacking = tuple(index for index in self.manifest.contents() if index not in held.complete)
             task = TransferTask(plan(self.manifest, {0: held}), lacking, {0: "h"})
             return bring(task, surveyor, self.settings, FakeControl(self.monitor), self.origin.factory)
         finally:
@@ -73,7 +73,7 @@ def test_all_files_with_their_digests(leader: Leader) -> None:
     assert leader.partials() == []
     assert results.origin_bytes == leader.monitor.bytes == sum(map(len, FILES.values()))
     assert results.sha256 == {n: hashlib.sha256(FILES[f"part{n}.bin"]).hexdigest() for n in range(6)}
-    assert surveyor_of(leader.layout, leader.manifest).survey().whole == results.sha256
+    assert surveyor_of(leader.layout, leader.manifest).survey().complete == results.sha256
 
 
 def test_only_what_is_missing(leader: Leader) -> None:
@@ -290,7 +290,7 @@ def test_two_jobs_that_are_in_each_others_way_take_their_nodes_in_one_order(
     one, other = ([surveyor_of(layout, manifest) for layout in layouts] for _ in range(2))
     first, second = one[0].survey(), other[1].survey()
     surveys = [(first, one[1].survey()), (other[0].survey(), second)]
-    assert [[survey.busy for survey in job] for job in surveys] == [[False, True], [True, False]]
-    task = [sorted(range(2), key=lambda node: job[node].cache) for job in surveys]
+    assert [[survey.locked_elsewhere for survey in job] for job in surveys] == [[False, True], [True, False]]
+    task = [sorted(range(2), key=lambda node: job[node].cache_id) for job in surveys]
     assert task[0] == task[1]
-    assert len({survey.cache for job in surveys for survey in job}) == 2
+    assert len({survey.cache_id for job in surveys for survey in job}) == 2

@@ -1,1 +1,1 @@
-"""The node-local cache: every path in it, its lock, and how a file gets its final name."""
+"""The cache folder of a node: its paths, locks, partial data, checks and eviction, and the rename that publishes."""

@@ -1,4 +1,4 @@
-"""Links that are never missing for a moment: made under another name, then renamed."""
+"""Atomic replacement of links and small files: make the new one under a temporary name, then rename it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from weightferry.cache.permissions import make_folder, write_new
 from weightferry.errors import BadRequest
 
 
-def point(link: Path, target: str | Path) -> None:
-    """Make `link` a symbolic link to `target`, in place of any file or link there; parents are made.
+def replace_symlink(link: Path, target: str | Path) -> None:
+    """Make `link` a symbolic link to `target`. It replaces a file or a link there; missing parent folders are made.
 
-    Nothing happens when it already is that link. Safe against others who do the same at the same time.
+    Does nothing when `link` already points to `target`. Several processes may call it for one `link` at the same time.
 
     Raises
     ------
     BadRequest
-        A folder is in the way: it is not ours to remove.
+        `link` is a folder. Removing a folder could delete the user's files.
     """
     text = os.fspath(target)
     with contextlib.suppress(OSError):
         if link.is_symlink() and os.readlink(link) == text:
             return
     if link.is_dir() and not link.is_symlink():
-        raise BadRequest("a folder is in the way of the link", subject=str(link))
+        raise BadRequest(
+            "cannot make this link: a folder is in the way. Move that folder away and try again", subject=str(link)
+        )
     link.parent.mkdir(parents=True, exist_ok=True)
-    new = beside(link)
+    new = temporary_name(link)
     new.symlink_to(text)
     try:
         new.replace(link)
@@ -38,15 +40,16 @@ def point(link: Path, target: str | Path) -> None:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a small text file so that readers see the old or the new one, never a part; parents are made.
+    """Write a small text file. Readers see the old content or the new content, never a part of it.
 
-    In a cache: it has the rights of its folder.
+    Missing parent folders are made. Does nothing when the file already has this content. For files in a cache: the file
+    gets the permissions of its folder.
     """
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text() == content:
             return
     make_folder(path.parent)
-    new = beside(path)
+    new = temporary_name(path)
     try:
         write_new(new, content.encode())
         new.replace(path)
@@ -56,14 +59,14 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def create_atomically(path: Path, content: str) -> None:
-    """Write a small text file unless it is there; of several who do so at once, one wins and all see its content.
+    """Create a small text file. When several processes create it at once, one succeeds and all see its content.
 
     Raises
     ------
     FileExistsError
-        It is there.
+        The file exists already.
     """
-    new = beside(path)
+    new = temporary_name(path)
     try:
         write_new(new, content.encode())
         os.link(new, path)
@@ -72,7 +75,7 @@ def create_atomically(path: Path, content: str) -> None:
             new.unlink()
 
 
-def beside(path: Path) -> Path:
-    """Return a name in the same folder that nobody else uses."""
-    # At most 255 bytes, of which a character may take four.
+def temporary_name(path: Path) -> Path:
+    """Return an unused, hidden file name in the folder of `path`."""
+    # A file name has at most 255 bytes. One character may take four.
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}")

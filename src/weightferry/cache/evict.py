@@ -1,4 +1,4 @@
-"""Make room: what was staged longest ago goes first, and never what anybody uses."""
+"""Eviction: remove the commits that were staged longest ago, and never a source that is pinned or in use."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightferry.cache.inventory import CachedSource, inventory, is_pinned, read_cached_source
+from weightferry.cache.inventory import CachedSource, is_pinned, list_sources, read_cached_source
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.lock_support import LockSupport, exclusion
-from weightferry.cache.permissions import entries, folders
-from weightferry.cache.usage import alone
+from weightferry.cache.lock_support import LockSupport, detect_lock_support
+from weightferry.cache.permissions import list_entries, list_folders
+from weightferry.cache.usage import exclusive_use
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvictedContent:
-    """What was evicted.
+    """One removal by an eviction.
 
     Attributes
     ----------
     source, commit : str
-        The commit is empty for content that none showed.
+        The commit is empty for content that no commit linked to.
     size : int
-        Bytes that nothing else needed.
+        Bytes that the removal freed. Content that another commit also links to stays and does not count.
     """
 
     source: str
@@ -39,168 +39,178 @@ class EvictedContent:
     size: int
 
 
-def evict(layout: CacheLayout, to: int, locks: LockSupport | None = None) -> list[EvictedContent]:
-    """Remove commits until the content of a cache has at most `to` bytes, or nothing more may go.
+def evict(layout: CacheLayout, max_bytes: int, locks: LockSupport | None = None) -> list[EvictedContent]:
+    """Remove commits until the content of a cache has at most `max_bytes` bytes, or until no more can be removed.
 
-    Those staged longest ago go first, each as a whole, with the content that no other commit shows; then content that
-    no commit shows at all, as a killed job leaves it. Left alone are sources that a living process has staged, that
-    somebody pinned, and that belong to somebody else.
+    Commits that were staged longest ago go first. Each goes completely, with the content that no other commit links to.
+    Content without any commit goes last; a job that was killed leaves such content. A source stays while a running
+    process uses it, while it is pinned, and when another user owns it.
 
     Parameters
     ----------
     locks
-        What is known of them; None: to be found out. Where `flock` means nothing nobody knows what is in use, and
-        nothing is removed.
+        The result of `detect_lock_support`; None: detect it now. Where `flock` does not work, weightferry cannot know
+        which sources are in use, and removes none.
 
     Returns
     -------
     list of EvictedContent
-        In their order.
+        In the order of removal.
     """
-    if not (locks or exclusion(layout)).by_flock:
+    if not (locks or detect_lock_support(layout)).flock_works:
         return []
-    _sweep(layout)
-    sources, removed = inventory(layout), list[EvictedContent]()
-    size = sum(held.size for held in sources)
-    order = [(held, commit) for held in sources for commit in held.commits]
-    for held, commit in sorted(order, key=lambda one: one[1].staged):
-        if size <= to:
+    _remove_trash(layout)
+    sources, removed = list_sources(layout), list[EvictedContent]()
+    size = sum(source.size for source in sources)
+    commits = [(source, commit) for source in sources for commit in source.commits]
+    for source, commit in sorted(commits, key=lambda pair: pair[1].last_staged):
+        if size <= max_bytes:
             break
-        with _ours(layout, held) as ours:
-            if ours and (gone := _tried(remove_commit, layout, held.repo, commit.name)) is not None:
-                removed.append(EvictedContent(held.name, commit.name, gone))
-                size -= gone
-                logger.info("evicted %s@%s: %d bytes", held.name, commit.name[:8], gone)
-    for held in sources:
-        if size <= to:
+        with _locked_for_eviction(layout, source) as evictable:
+            if evictable and (freed := _try_remove(remove_commit, layout, source.repo, commit.name)) is not None:
+                removed.append(EvictedContent(source.name, commit.name, freed))
+                size -= freed
+                logger.info("evicted %s@%s: %d bytes", source.name, commit.name[:8], freed)
+    for source in sources:
+        if size <= max_bytes:
             break
-        with _ours(layout, held) as ours:
-            if ours and (gone := _tried(_remove_unshown, layout, held.repo)):
-                removed.append(EvictedContent(f"what no commit shows of {held.name}", "", gone))
-                size -= gone
-                logger.info("evicted content of %s that no commit shows: %d bytes", held.name, gone)
+        with _locked_for_eviction(layout, source) as evictable:
+            if evictable and (freed := _try_remove(_remove_unreferenced, layout, source.repo)):
+                removed.append(EvictedContent(f"unreferenced content of {source.name}", "", freed))
+                size -= freed
+                logger.info("evicted content of %s that no commit links to: %d bytes", source.name, freed)
     return removed
 
 
-def _tried(remove: Callable[..., int | None], *what: Any) -> int | None:
-    """Remove something; what does not go, another user's perhaps, keeps nothing else from going."""
+def _try_remove(remove: Callable[..., int | None], *arguments: Any) -> int | None:
+    """Call `remove`. An error, for example for another user's file, does not stop the eviction of other sources."""
     try:
-        return remove(*what)
+        return remove(*arguments)
     except OSError as error:
-        logger.warning("not evicted: %s", error)
+        logger.warning("cannot evict: %s", error)
         return None
 
 
 def evictable_size(layout: CacheLayout, locks: LockSupport) -> int:
-    """Bytes that could go now."""
-    if not locks.by_flock:
+    """Return how many bytes an eviction could remove now."""
+    if not locks.flock_works:
         return 0
-    found = 0
-    for held in inventory(layout):
-        with _ours(layout, held) as ours:
-            found += held.size * ours
-    return found
+    total = 0
+    for source in list_sources(layout):
+        with _locked_for_eviction(layout, source) as evictable:
+            total += source.size * evictable
+    return total
 
 
 @contextlib.contextmanager
-def _ours(layout: CacheLayout, held: CachedSource) -> Iterator[bool]:
-    """Yield whether a source may go; if so, nobody begins to use it meanwhile."""
+def _locked_for_eviction(layout: CacheLayout, source: CachedSource) -> Iterator[bool]:
+    """Yield whether a source can be evicted. If so, no process can start to use it until the context ends."""
     with contextlib.ExitStack() as stack:
-        free = False
+        evictable = False
         with contextlib.suppress(OSError):
-            if not is_pinned(layout, held) and _may_remove(held.repo):
-                free = stack.enter_context(alone(layout.used_lock(held.repo.name)))
-        yield free
+            if not is_pinned(layout, source) and _may_remove(source.repo):
+                evictable = stack.enter_context(exclusive_use(layout.used_lock(source.repo.name)))
+        yield evictable
 
 
 def _may_remove(repo: Path) -> bool:
-    """Whether a source is this user's, or that of a group which this user is in."""
-    seen = repo.lstat()
-    inside = [path for path in (repo, CacheLayout.snapshots(repo), CacheLayout.blobs(repo)) if path.exists()]
-    of_group = bool(seen.st_mode & stat.S_IWGRP) and all(os.access(path, os.W_OK | os.X_OK) for path in inside)
-    return os.geteuid() in (0, seen.st_uid) or of_group
+    """Whether this user owns a source, or a group of this user may write to it."""
+    status = repo.lstat()
+    folders = [path for path in (repo, CacheLayout.snapshots(repo), CacheLayout.blobs(repo)) if path.exists()]
+    group_may_write = bool(status.st_mode & stat.S_IWGRP) and all(
+        os.access(path, os.W_OK | os.X_OK) for path in folders
+    )
+    return os.geteuid() in (0, status.st_uid) or group_may_write
 
 
-def remove_source(layout: CacheLayout, held: CachedSource) -> int | None:
-    """Remove a whole source; None when it is in use, pinned, or somebody else's. Returns its bytes."""
-    with _ours(layout, held) as ours:
-        if not ours or not exclusion(layout).by_flock:
-            return None
-        size = read_cached_source(layout, held.repo).size
-        _remove_folder(held.repo)
-        _forget(layout, held.repo)
-        return size
-
-
-def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
-    """Remove one commit of a source that nobody uses, and the content that no other commit shows.
+def remove_source(layout: CacheLayout, source: CachedSource) -> int | None:
+    """Remove a source with all its commits.
 
     Returns
     -------
     int or None
-        Bytes of that content; None when the commit is not there.
+        Bytes that were removed; None when the source is in use, pinned, or owned by another user.
     """
-    held = read_cached_source(layout, repo)
-    gone = next((one for one in held.commits if one.name == commit), None)
-    if gone is None:
+    with _locked_for_eviction(layout, source) as evictable:
+        if not evictable or not detect_lock_support(layout).flock_works:
+            return None
+        size = read_cached_source(layout, source.repo).size
+        _remove_folder(source.repo)
+        _remove_notes(layout, source.repo)
+        return size
+
+
+def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
+    """Remove one commit of a source that is not in use, and the content that no other commit links to.
+
+    Returns
+    -------
+    int or None
+        Bytes of the removed content; None when the cache does not have the commit.
+    """
+    source = read_cached_source(layout, repo)
+    removed = next((found for found in source.commits if found.name == commit), None)
+    if removed is None:
         return None
-    left = [one for one in held.commits if one is not gone]
-    # The refs first: nobody is led to a snapshot that is not there.
+    remaining = [found for found in source.commits if found is not removed]
+    # The refs go first, so that no reader follows a ref to a snapshot that does not exist.
     refs = layout.refs(repo)
     for ref in (path for path in (() if refs.is_symlink() else refs.rglob("*")) if path.is_file()):
         with contextlib.suppress(OSError):
             if ref.read_text() == commit:
                 ref.unlink()
     _remove_folder(layout.snapshots(repo) / commit)
-    size = _remove_blobs(layout, held, {blob for one in left for blob in one.blobs})
+    size = _remove_blobs(layout, source, {blob for found in remaining for blob in found.blobs})
     with contextlib.suppress(OSError):
         layout.used_note(repo.name, commit).unlink()
-    if not left:
+    if not remaining:
         shutil.rmtree(repo, ignore_errors=True)
-        _forget(layout, repo)
+        _remove_notes(layout, repo)
     return size
 
 
-def _remove_unshown(layout: CacheLayout, repo: Path) -> int:
-    held = read_cached_source(layout, repo)
-    size = _remove_blobs(layout, held, {blob for commit in held.commits for blob in commit.blobs})
-    if not held.commits:
+def _remove_unreferenced(layout: CacheLayout, repo: Path) -> int:
+    """Remove the content that no commit links to. Returns its bytes."""
+    source = read_cached_source(layout, repo)
+    size = _remove_blobs(layout, source, {blob for commit in source.commits for blob in commit.blobs})
+    if not source.commits:
         shutil.rmtree(repo, ignore_errors=True)
-        _forget(layout, repo)
+        _remove_notes(layout, repo)
     return size
 
 
 def _remove_folder(folder: Path) -> None:
-    """Take a folder out of sight at once, then remove it bit by bit."""
+    """Rename a folder, so that it disappears at once, then delete it file by file."""
     trash = folder.with_name(f".trash-{secrets.token_hex(6)}")
     folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _remove_blobs(layout: CacheLayout, held: CachedSource, shown: Collection[str]) -> int:
-    size = 0
-    for name, bytes_of in held.sizes.items():
-        if name not in shown:
+def _remove_blobs(layout: CacheLayout, source: CachedSource, keep: Collection[str]) -> int:
+    """Remove the content of a source except `keep`, with the notes about it. Returns its bytes."""
+    removed = 0
+    for name, size in source.sizes.items():
+        if name not in keep:
             with contextlib.suppress(OSError):
-                (layout.blobs(held.repo) / name).unlink()
-                size += bytes_of
-            for note in (layout.verified_of(held.repo) / name, layout.sha256_of(held.repo, name)):
+                (layout.blobs(source.repo) / name).unlink()
+                removed += size
+            for note in (layout.verified_of(source.repo) / name, layout.sha256_of(source.repo, name)):
                 with contextlib.suppress(OSError):
                     note.unlink()
-    return size
+    return removed
 
 
-def _forget(layout: CacheLayout, repo: Path) -> None:
-    """Remove notes about a source that is gone; its lock file stays, since somebody may wait for it."""
+def _remove_notes(layout: CacheLayout, repo: Path) -> None:
+    """Remove the notes about a source that was removed. Its lock file stays: another process may wait for it."""
     for notes in (layout.used_notes(repo.name), layout.verified_of(repo)):
         shutil.rmtree(notes, ignore_errors=True)
 
 
-def _sweep(layout: CacheLayout) -> None:
-    """Remove what an eviction left that was killed."""
+def _remove_trash(layout: CacheLayout) -> None:
+    """Delete renamed folders that an eviction left when it was killed."""
     with contextlib.suppress(OSError):
-        for family in layout.families():
-            for place in (family, *(layout.snapshots(repo) for repo in folders(family))):
-                for entry in entries(place):
+        for root in layout.source_roots():
+            for folder in (root, *(layout.snapshots(repo) for repo in list_folders(root))):
+                for entry in list_entries(folder):
                     if entry.name.startswith(".trash-"):
-                        shutil.rmtree(entry.path, ignore_errors=True)  # which follows no link
+                        shutil.rmtree(entry.path, ignore_errors=True)  # rmtree does not follow links

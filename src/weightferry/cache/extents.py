@@ -1,4 +1,4 @@
-"""Which bytes of a file are there: half-open ranges, kept in order and joined."""
+"""A set of byte ranges of a file: half-open, sorted, and joined where they touch."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ class Extents:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Extents) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
 
     def __repr__(self) -> str:
         return f"Extents({list(self)})"
 
     @property
     def total(self) -> int:
-        """Bytes in all ranges."""
+        """Number of bytes in all ranges."""
         return sum(stop - start for start, stop in self)
 
     def add(self, start: int, stop: int) -> None:
         """Add the bytes from `start` to `stop`."""
         if start >= stop:
             return
-        # What touches the new range on either side becomes one with it.
+        # Join every range that overlaps or touches the new one.
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
         if first < last:
             start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
         self._starts[first:last], self._stops[first:last] = [start], [stop]
 
     def cover(self, start: int, stop: int) -> bool:
-        """Whether all bytes from `start` to `stop` are in."""
+        """Whether the set contains all bytes from `start` to `stop`."""
         return start >= stop or self.end_from(start) >= stop
 
     def end_from(self, start: int) -> int:
-        """Where the bytes that are in without a gap from `start` on end; `start` itself when it is not in."""
-        place = bisect_right(self._starts, start) - 1
-        return self._stops[place] if place >= 0 and self._stops[place] > start else start
+        """Return the end of the range that contains `start`; `start` itself when no range contains it."""
+        index = bisect_right(self._starts, start) - 1
+        return self._stops[index] if index >= 0 and self._stops[index] > start else start
 
     def missing(self, start: int, stop: int) -> list[Range]:
-        """The gaps between `start` and `stop`."""
+        """Return the gaps between `start` and `stop`."""
         gaps = []
         while start < stop:
             start = self.end_from(start)
-            place = bisect_right(self._starts, start)
-            end = min(stop, self._starts[place] if place < len(self._starts) else stop)
+            index = bisect_right(self._starts, start)
+            end = min(stop, self._starts[index] if index < len(self._starts) else stop)
             if start < end:
                 gaps.append((start, end))
             start = max(start, end)
         return gaps
 
     def within(self, start: int, stop: int) -> int:
-        """Bytes between `start` and `stop` that are in."""
+        """Return how many bytes between `start` and `stop` the set contains."""
         return max(0, stop - start) - sum(end - begin for begin, end in self.missing(start, stop))

@@ -1,4 +1,4 @@
-"""What a cache holds: sources and their commits, how large they are, when they were last staged, and by whom used."""
+"""The inventory of a cache: its sources and commits, their sizes, when they were last staged, pins and users."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
-from weightferry.cache.permissions import entries, folders
+from weightferry.cache.permissions import list_entries, list_folders
 from weightferry.cache.usage import in_use
 
 
 @dataclass(frozen=True)
 class CachedCommit:
-    """One commit of a source, as a snapshot shows it.
+    """One commit of a source in a cache, as its snapshot folder shows it.
 
     Attributes
     ----------
     name : str
-    staged : float
-        Seconds since the epoch, when it was last staged; where nobody noted it, when its snapshot was made.
+    last_staged : float
+        When the commit was last staged, in seconds since the epoch. Without a note about this: when its snapshot was
+        made.
     blobs : tuple of str
-        Names of the content that it shows.
+        Names of the content that the snapshot links to.
     """
 
     name: str
-    staged: float
+    last_staged: float
     blobs: tuple[str, ...]
 
 
@@ -38,11 +39,11 @@ class CachedSource:
     Attributes
     ----------
     repo : Path
-        Its folder.
-    commits : tuple of Commit
-        The one that was staged longest ago comes first.
+        The folder of the source.
+    commits : tuple of CachedCommit
+        The commit that was staged longest ago comes first.
     sizes : dict of str to int
-        Bytes of each content, by its name; those that no commit shows too.
+        Bytes of each content, by its name, also of content that no commit links to.
     """
 
     repo: Path
@@ -51,7 +52,7 @@ class CachedSource:
 
     @property
     def name(self) -> str:
-        """For readers: the repository id on the Hub, elsewhere the name of the folder."""
+        """The repository id of a Hub source, the folder name of any other source; for people to read."""
         kind, *parts = self.repo.name.split("--")
         if self.repo.parent.name != "hub":
             return self.repo.name
@@ -63,64 +64,69 @@ class CachedSource:
         return sum(self.sizes.values())
 
     @property
-    def staged(self) -> float:
-        """When any commit of it was last staged."""
-        return max((commit.staged for commit in self.commits), default=0.0)
+    def last_staged(self) -> float:
+        """When any of its commits was last staged, in seconds since the epoch; 0 without commits."""
+        return max((commit.last_staged for commit in self.commits), default=0.0)
 
 
-def inventory(layout: CacheLayout) -> list[CachedSource]:
-    """List the sources of a cache, sorted by name; folders that cannot be read are left out."""
-    held = []
-    for family in layout.families():
-        for repo in folders(family):
+def list_sources(layout: CacheLayout) -> list[CachedSource]:
+    """Return the sources of a cache, sorted by name. Folders that this user cannot read are left out."""
+    sources = []
+    for root in layout.source_roots():
+        for repo in list_folders(root):
             if layout.blobs(repo).is_dir() or layout.snapshots(repo).is_dir():
-                held.append(read_cached_source(layout, repo))
-    return sorted(held, key=lambda one: one.name)
+                sources.append(read_cached_source(layout, repo))
+    return sorted(sources, key=lambda source: source.name)
 
 
 def read_cached_source(layout: CacheLayout, repo: Path) -> CachedSource:
-    """Look at one source."""
+    """Return the commits and the content sizes of the source in the folder `repo`."""
     commits = [
-        CachedCommit(snapshot.name, _staged(layout, snapshot), tuple(sorted(set(_shown(snapshot)))))
-        for snapshot in folders(layout.snapshots(repo))
+        CachedCommit(snapshot.name, _last_staged(layout, snapshot), tuple(sorted(set(_linked_blobs(snapshot)))))
+        for snapshot in list_folders(layout.snapshots(repo))
     ]
-    sizes = dict(_content(layout, repo))
-    return CachedSource(repo, tuple(sorted(commits, key=lambda commit: commit.staged)), sizes)
+    sizes = dict(_content_sizes(layout, repo))
+    return CachedSource(repo, tuple(sorted(commits, key=lambda commit: commit.last_staged)), sizes)
 
 
-def is_pinned(layout: CacheLayout, held: CachedSource) -> bool:
-    """Whether somebody pinned it."""
-    return layout.pin_mark(held.repo.name).exists()
+def is_pinned(layout: CacheLayout, source: CachedSource) -> bool:
+    """Whether a user pinned the source, which protects it from eviction."""
+    return layout.pin_mark(source.repo.name).exists()
 
 
-def is_in_use(layout: CacheLayout, held: CachedSource) -> bool:
-    """Whether a living process staged it."""
+def is_in_use(layout: CacheLayout, source: CachedSource) -> bool:
+    """Whether a running process staged the source. True also when this cannot be found out."""
     with contextlib.suppress(OSError):
-        return in_use(layout.used_lock(held.repo.name))
-    return True  # nobody may say that it is not
+        return in_use(layout.used_lock(source.repo.name))
+    return True
 
 
-def total(layout: CacheLayout) -> int:
-    """Bytes of all content in a cache; what shows it is not looked at."""
-    return sum(size for family in layout.families() for repo in folders(family) for _, size in _content(layout, repo))
+def content_size(layout: CacheLayout) -> int:
+    """Return the bytes of all content in a cache. Snapshots are not read, so this is fast."""
+    return sum(
+        size
+        for root in layout.source_roots()
+        for repo in list_folders(root)
+        for _, size in _content_sizes(layout, repo)
+    )
 
 
-def _content(layout: CacheLayout, repo: Path) -> Iterator[tuple[str, int]]:
-    for entry in entries(layout.blobs(repo)):
+def _content_sizes(layout: CacheLayout, repo: Path) -> Iterator[tuple[str, int]]:
+    for entry in list_entries(layout.blobs(repo)):
         with contextlib.suppress(OSError):
             yield entry.name, entry.stat(follow_symlinks=False).st_size
 
 
-def _staged(layout: CacheLayout, snapshot: Path) -> float:
+def _last_staged(layout: CacheLayout, snapshot: Path) -> float:
     for path in (layout.used_note(snapshot.parents[1].name, snapshot.name), snapshot):
         with contextlib.suppress(OSError):
             return path.stat().st_mtime
     return 0.0
 
 
-def _shown(folder: Path) -> Iterator[str]:
+def _linked_blobs(snapshot: Path) -> Iterator[str]:
     """Yield the names of the content that a snapshot links to."""
-    for above, _, files in os.walk(folder):
+    for folder, _, files in os.walk(snapshot):
         for name in files:
             with contextlib.suppress(OSError):
-                yield os.readlink(f"{above}/{name}").rpartition("/")[2]
+                yield os.readlink(f"{folder}/{name}").rpartition("/")[2]

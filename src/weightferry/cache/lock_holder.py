@@ -1,4 +1,4 @@
-"""Who holds a lock: said by holders beside it, or by the kernel, for those who wait; and the proof that one died."""
+"""The process that holds a lock: its note beside the lock, what the kernel knows, and the proof that it has ended."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from weightferry.cluster.topology import boot_id
 
-_JOB = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-_START = 21 - 2  # the place of a process's start time (proc_pid_stat(5), field 22) behind its name (field 2)
+_JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+# The start time is field 22 of proc_pid_stat(5). The fields are split after the process name, which is field 2.
+_START_TIME_INDEX = 21 - 2
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class LockHolder:
     host : str
     pid : int
     job : str
-        Of Slurm, or the run of torchrun; empty where there is none.
+        The Slurm job id, or the run id of torchrun; empty without either.
     machine : str
-        The running kernel and the PID namespace in which `pid` means something.
+        The running kernel and the PID namespace in which `pid` is valid.
     started : str
-        When the process did, so that another one with its number is not taken for it.
+        The start time of the process, to tell it from a later process with the same number.
     claims : tuple of str
-        Names of what it put in place of the kernel's lock.
+        Names of the claim files, where files replace the kernel's lock.
     """
 
     host: str
@@ -42,75 +43,75 @@ class LockHolder:
     claims: tuple[str, ...] = ()
 
     @classmethod
-    def me(cls) -> LockHolder:
+    def this_process(cls) -> LockHolder:
         """Describe this process."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _job(os.environ), _machine(), _start_of(pid))
+        return cls(socket.gethostname(), pid, _job_id(os.environ), _machine_id(), _start_time(pid))
 
     @classmethod
     def read(cls, note: Path) -> LockHolder | None:
-        """Read what `text` wrote; None where nobody says anything."""
+        """Read a note that contains `json_text`; None when there is no valid note."""
         try:
-            said = json.loads(note.read_text())
-            return cls(**{**said, "claims": tuple(said.get("claims", ()))})
+            fields = json.loads(note.read_text())
+            return cls(**{**fields, "claims": tuple(fields.get("claims", ()))})
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
     @property
-    def text(self) -> str:
-        """For `read`."""
+    def json_text(self) -> str:
+        """The content of a note, for `read`."""
         return json.dumps(asdict(self))
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is proven that the process has ended; of another machine's nothing is."""
-        if self.machine != _machine():
+        """Whether it is proven that the process has ended. False for a process of another machine: no proof exists."""
+        if self.machine != _machine_id():
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
         except OSError:
-            pass  # it is somebody else's
-        # With hidepid nothing is told of other users' processes.
-        return _start_of(self.pid) not in ("", self.started)
+            pass  # the process belongs to another user
+        # With the mount option hidepid, /proc shows no process of another user: the start time is empty then.
+        return _start_time(self.pid) not in ("", self.started)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (job {self.job})" if self.job else "")
 
 
 def local_lock_holder(lock: Path) -> LockHolder | None:
-    """Ask the kernel of this machine who holds a `flock` on a file; None where it does not know."""
+    """Return the process of this machine that holds a `flock` on a file; None when the kernel knows none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         inode = str(lock.stat().st_ino)
-        # proc_locks(5): "1: FLOCK  ADVISORY  WRITE 1234 fd:00:1234567 0 EOF"; waiters have an arrow in front.
+        # proc_locks(5): "1: FLOCK  ADVISORY  WRITE 1234 fd:00:1234567 0 EOF". A waiting process has an arrow in front.
         for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, place, *_ = line.split()
-            if kind == "FLOCK" and place.rpartition(":")[2] == inode and int(pid) > 0:
-                return LockHolder(socket.gethostname(), int(pid), _job(_environ_of(int(pid))))
+            _, kind, _, _, pid, device_and_inode, *_ = line.split()
+            if kind == "FLOCK" and device_and_inode.rpartition(":")[2] == inode and int(pid) > 0:
+                return LockHolder(socket.gethostname(), int(pid), _job_id(_environ_of(int(pid))))
     return None
 
 
-def _job(environ: Mapping[str, str]) -> str:
-    return next((environ[name] for name in _JOB if environ.get(name, "none") != "none"), "")
+def _job_id(environ: Mapping[str, str]) -> str:
+    return next((environ[name] for name in _JOB_VARIABLES if environ.get(name, "none") != "none"), "")
 
 
 def _environ_of(pid: int) -> Mapping[str, str]:
-    with contextlib.suppress(OSError):  # somebody else's process, or none any more
-        said = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-        return dict(pair.split("=", 1) for pair in said if "=" in pair)
+    with contextlib.suppress(OSError):  # another user's process, or it has ended
+        pairs = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+        return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     return {}
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
     return f"{boot_id()} {namespace}"
 
 
-def _start_of(pid: int) -> str:
-    """When a process started, as the kernel counts; empty when there is no such process."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process in the kernel's clock ticks; empty when there is no such process."""
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_START]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_START_TIME_INDEX]
     return ""

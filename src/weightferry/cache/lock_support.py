@@ -1,4 +1,4 @@
-"""Whether a lock on a file of a cache keeps others out: tried, since `flock` may let everybody in, or not be there."""
+"""Detect whether `flock` works in a cache folder: on some file systems it excludes no process, or does not exist."""
 
 from __future__ import annotations
 
@@ -11,78 +11,78 @@ from pathlib import Path
 from weightferry.cache.atomic import write_atomically
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.permissions import open_file
-from weightferry.cluster.domains import is_local, mount_of
 from weightferry.cluster.flock import try_flock
+from weightferry.cluster.mounts import is_local, mount_of
 
-_ON_TWO = "flock succeeds on two machines at once"
-# Options with which `flock` keeps out processes of the same machine alone: mount.lustre(8), nfs(5).
-_ON_ONE_MACHINE = frozenset({"localflock", "nolock", "local_lock=flock", "local_lock=all"})
+_ON_TWO_MACHINES = "flock succeeds on two machines at once"
+# With these mount options `flock` excludes only processes of the same machine: mount.lustre(8), nfs(5).
+_ONE_MACHINE_OPTIONS = frozenset({"localflock", "nolock", "local_lock=flock", "local_lock=all"})
 
 
 @dataclass(frozen=True)
 class LockSupport:
-    """The locks to use in a cache.
+    """Which kind of lock works in a cache.
 
     Attributes
     ----------
-    why : str
-        Why the kernel's `flock` is of no use there; empty where it is.
-    noted : bool
-        Whether holders say who they are beside their locks: where other machines may see the cache, the kernel of this
-        one does not know them.
+    reason : str
+        Why the kernel's `flock` does not work there; empty when it works.
+    holder_notes : bool
+        Whether a process that holds a lock writes a note beside it. Needed where other machines may see the cache: the
+        kernel of this machine does not know their lock holders.
     """
 
-    why: str = ""
-    noted: bool = False
+    reason: str = ""
+    holder_notes: bool = False
 
     @property
-    def by_flock(self) -> bool:
-        """Whether the kernel's own lock is used; otherwise files take its place."""
-        return not self.why
+    def flock_works(self) -> bool:
+        """Whether the kernel's lock is used; otherwise lock files replace it."""
+        return not self.reason
 
     def __str__(self) -> str:
-        return "flock" if self.by_flock else f"files ({self.why})"
+        return "flock" if self.flock_works else f"files ({self.reason})"
 
 
-def exclusion(layout: CacheLayout, *, across: bool = True) -> LockSupport:
-    """Find out which locks mean something in a cache.
+def detect_lock_support(layout: CacheLayout, *, across_machines: bool = True) -> LockSupport:
+    """Return which kind of lock works in a cache.
 
     Parameters
     ----------
-    across
-        False: two machines of the job were seen to hold one lock at once.
+    across_machines
+        False when two machines of the job held one lock at the same time in a test.
     """
-    why = _tried(layout.probe)
+    reason = _probe_flock(layout.probe_lock)
     if is_local(layout.root):
-        return LockSupport(why, noted=bool(why))
-    if not why and (options := mount_of(layout.root).options & _ON_ONE_MACHINE):
-        why = f"the mount option {min(options)} lets flock exclude on one machine alone"
-    if not why and not across:
-        # Jobs on one machine, and those who evict, cannot see that by themselves.
+        return LockSupport(reason, holder_notes=bool(reason))
+    if not reason and (options := mount_of(layout.root).options & _ONE_MACHINE_OPTIONS):
+        reason = f"with the mount option {min(options)}, flock excludes only processes of the same machine"
+    if not reason and not across_machines:
+        # Jobs on one machine and evictions cannot detect this. The note tells them.
         with contextlib.suppress(OSError):
-            write_atomically(layout.no_flock, _ON_TWO)
-        why = _ON_TWO
+            write_atomically(layout.no_flock, _ON_TWO_MACHINES)
+        reason = _ON_TWO_MACHINES
     with contextlib.suppress(OSError):
-        why = why or layout.no_flock.read_text()
-    return LockSupport(why, noted=True)
+        reason = reason or layout.no_flock.read_text()
+    return LockSupport(reason, holder_notes=True)
 
 
-def _tried(probe: Path) -> str:
-    """Lock a file twice; why that says that `flock` is of no use, if it does."""
+def _probe_flock(path: Path) -> str:
+    """Lock a file twice. Return why `flock` does not work; empty when it works."""
     with contextlib.ExitStack() as opened:
         try:
-            first, second = (opened.enter_context(_opened(probe)) for _ in range(2))
+            first, second = (opened.enter_context(_open_file(path)) for _ in range(2))
         except OSError:
-            return ""  # who cannot write here takes no lock either
+            return ""  # a process that cannot write here takes no lock either
         try:
-            # If somebody else has it, that says it too.
-            return "flock succeeds for everybody" if try_flock(first) and try_flock(second) else ""
+            # When another process holds the lock, both calls fail. That also shows that flock works.
+            return "flock grants one lock twice" if try_flock(first) and try_flock(second) else ""
         except OSError as error:
             return f"flock: {error.strerror}"
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _open_file(path: Path) -> Iterator[int]:
     descriptor = open_file(path, os.O_RDWR)
     try:
         yield descriptor

@@ -1,7 +1,8 @@
-"""The locks on files' content: the kernel's, shared with huggingface_hub, or files where the kernel's mean nothing.
+"""The locks of files' content: `flock`, shared with huggingface_hub, or lock files where `flock` does not work.
 
-They save bandwidth: of several jobs that want one file, one reads it. Correctness rests on checksums and on the atomic
-rename, so a lock that cannot be had (somebody else's lock file, a holder that gives no sign of life) is done without.
+Locks save bandwidth: when several jobs need one file, one of them downloads it. Correctness rests on checksums and on
+the atomic rename. So a job goes on without a lock that it cannot get, for example because the lock file belongs to
+another user, or because the holder sends no heartbeat.
 """
 
 from __future__ import annotations
@@ -24,149 +25,154 @@ from weightferry.cache.permissions import make_folder
 
 logger = logging.getLogger(__name__)
 
-_SLICE = 0.5  # seconds between two looks at whether the operation still goes on
-_SAY_EVERY = 10.0  # seconds, as huggingface_hub does
+_CHECK_INTERVAL = 0.5  # seconds between two checks whether the operation was cancelled
+_LOG_INTERVAL = 10.0  # seconds, as huggingface_hub does
 
 
 @dataclass(frozen=True)
 class LockTimeouts:
-    """How long holders are waited for, in seconds.
+    """How long to wait for locks that other processes hold, in seconds.
 
     Attributes
     ----------
-    longest
-        At most, all together, whatever they do.
+    total
+        For all locks together, whatever their holders do.
     silence
-        Without a sign of life, where they give some.
-    sign_every
-        How often this process gives one.
+        Since the last heartbeat of a holder that sends heartbeats.
+    heartbeat_interval
+        How often this process sends a heartbeat for its own locks.
     """
 
-    longest: float
+    total: float
     silence: float = 75.0
-    sign_every: float = 2.0
+    heartbeat_interval: float = 2.0
 
 
 class FileLocks:
     """The locks that one leader holds in one operation.
 
-    Guaranteed: a lock in `held` excludes every process that locks the same path with the same `LockSupport`. The kernel
-    frees its own when this process dies; a file in its place is taken away by the next one who wants it, on proof that its
-    process has ended, and passed by when that gives no sign of life. Not guaranteed: that a lock is held after `wait`;
-    see `held`.
+    Guaranteed: a lock for which `is_held` is true excludes every process that locks the same path with the same
+    `LockSupport`. The kernel frees its locks when this process dies. The next process removes a lock file when it has
+    proof that the holder has ended, and continues without the lock when the holder stops its heartbeats.
+    Not guaranteed: that a lock is held after `acquire`; see `is_held`.
 
     Parameters
     ----------
-    patience
-        How long to wait for another holder before going on without.
+    timeouts
+        How long to wait for another holder before continuing without the lock.
     check
-        Called while waiting; what it raises ends the wait.
-    exclusion
-        What was found to exclude here.
+        Called while waiting; its exception ends the wait.
+    lock_support
+        The result of `detect_lock_support`; None: `flock` works.
     """
 
-    def __init__(self, patience: LockTimeouts, check: Callable[[], None], exclusion: LockSupport | None = None) -> None:
-        self.exclusion = exclusion or LockSupport()
-        self._patience, self._check = patience, check
+    def __init__(
+        self, timeouts: LockTimeouts, check: Callable[[], None], lock_support: LockSupport | None = None
+    ) -> None:
+        self.lock_support = lock_support or LockSupport()
+        self._timeouts, self._check = timeouts, check
         self._locks: dict[Path, BaseFileLock] = {}
-        self._signs = _HolderHeartbeat(patience.sign_every)
-        self._me: LockHolder | None = None
+        self._heartbeat = _HolderHeartbeat(timeouts.heartbeat_interval)
+        self._this_process: LockHolder | None = None
 
     def __repr__(self) -> str:
-        return f"FileLocks({self.exclusion}, held={sorted(map(str, self._locks))})"
+        return f"FileLocks({self.lock_support}, held={sorted(map(str, self._locks))})"
 
-    def held(self, path: Path) -> bool:
-        """Whether the lock at `path` is ours."""
+    def is_held(self, path: Path) -> bool:
+        """Whether this object holds the lock at `path`."""
         return path in self._locks
 
-    def take(self, paths: Iterable[Path]) -> set[Path]:
-        """Take what nobody else holds, without waiting; return what somebody else does."""
-        return {path for path in paths if path not in self._locks and not self._acquired(path, 0.0)}
+    def try_acquire(self, paths: Iterable[Path]) -> set[Path]:
+        """Acquire the free locks without waiting. Return the paths that another process holds."""
+        return {path for path in paths if path not in self._locks and not self._try_lock(path, 0.0)}
 
-    def wait(self, paths: Iterable[Path]) -> None:
-        """Take all, one after the other in the order of their paths, so that two jobs never wait for each other."""
-        until = time.monotonic() + self._patience.longest
+    def acquire(self, paths: Iterable[Path]) -> None:
+        """Acquire all locks one by one, in the order of their paths, so that two jobs never wait for each other."""
+        deadline = time.monotonic() + self._timeouts.total
         for path in sorted(paths):
             if path not in self._locks:
-                self._wait(path, until)
+                self._wait(path, deadline)
 
     def release(self, paths: Iterable[Path] | None = None) -> None:
-        """Give back some, or all; the kernel's lock files stay, since somebody may hold a lock on a removed one."""
+        """Release some locks, or all. The lock files of `flock` stay: another process may wait for one of them."""
         for path in list(self._locks) if paths is None else paths:
             if path in self._locks:
-                self._signs.end(_note_of(path))
+                self._heartbeat.stop(_holder_note(path))
                 with contextlib.suppress(OSError, SoftFileLockProtocolError):
                     self._locks.pop(path).release()
 
-    def _wait(self, path: Path, until: float) -> None:
-        start, said, watched = time.monotonic(), float("-inf"), _HolderWatch(_note_of(path))
-        while not self._acquired(path, _SLICE):
+    def _wait(self, path: Path, deadline: float) -> None:
+        start, last_logged, watch = time.monotonic(), float("-inf"), _HolderWatch(_holder_note(path))
+        while not self._try_lock(path, _CHECK_INTERVAL):
             self._check()
             now = time.monotonic()
-            if now > until:
-                logger.warning("going on without the lock %s: held by %s for %.0f s", path, _who(path), now - start)
-                return
-            if self._may_be_silent(path) and watched.silence() > self._patience.silence:
+            if now > deadline:
                 logger.warning(
-                    "going on without the lock %s: %s gives no sign of life; when it is known to have ended, %s may be"
-                    " removed",
-                    *(path, _who(path), _coordination(path)),
+                    "continuing without the lock %s: %s still holds it after %.0f s",
+                    *(path, _describe_holder(path), now - start),
                 )
                 return
-            if now - said > _SAY_EVERY:
-                said = now
-                logger.info("waiting for the lock %s, held by %s", path, _who(path))
+            if self._sends_heartbeats(path) and watch.silence() > self._timeouts.silence:
+                logger.warning(
+                    "continuing without the lock %s: its holder, %s, sends no heartbeat. If that process has ended,"
+                    " remove %s",
+                    *(path, _describe_holder(path), _claims_folder(path)),
+                )
+                return
+            if now - last_logged > _LOG_INTERVAL:
+                last_logged = now
+                logger.info("waiting for the lock %s: %s holds it", path, _describe_holder(path))
 
-    def _may_be_silent(self, path: Path) -> bool:
-        """Whether the holder would give signs of life; huggingface_hub gives none."""
-        return not self.exclusion.by_flock or (self.exclusion.noted and _note_of(path).exists())
+    def _sends_heartbeats(self, path: Path) -> bool:
+        """Whether the holder of a lock sends heartbeats; huggingface_hub sends none."""
+        return not self.lock_support.flock_works or (self.lock_support.holder_notes and _holder_note(path).exists())
 
-    def _acquired(self, path: Path, timeout: float) -> bool:
-        """Whether there is nobody to wait for: the lock is ours now, or cannot be had at all."""
-        lock = self._lock(path)
+    def _try_lock(self, path: Path, timeout: float) -> bool:
+        """Try to acquire a lock. True when waiting is over: this object holds the lock, or can never get it."""
+        lock = self._new_lock(path)
         try:
             make_folder(path.parent)
             if isinstance(lock, StrictSoftFileLock):
-                _break_dead(lock, _note_of(path))
+                _break_dead_claims(lock, _holder_note(path))
             lock.acquire(timeout=timeout, poll_interval=0.05)
         except Timeout:
             return False
         except (NotImplementedError, OSError, SoftFileLockProtocolError) as error:
             if isinstance(lock, StrictSoftFileLock) and _has_claims(lock):
-                return False  # another user's, which this one may not look at more closely
-            # ENOLCK, EACCES (another user's lock file), EROFS, no hard links.
-            logger.warning("going on without the lock %s: %s", path, error)
+                return False  # another user holds the lock, and this user may not read more about it
+            # ENOLCK, EACCES (another user's lock file), EROFS, or a file system without hard links.
+            logger.warning("continuing without the lock %s: %s", path, error)
             return True
         self._locks[path] = lock
-        if self.exclusion.noted:
+        if self.lock_support.holder_notes:
             claims = tuple(claim.name for claim in lock.claims) if isinstance(lock, StrictSoftFileLock) else ()
-            self._me = self._me or LockHolder.me()
-            self._signs.begin(_note_of(path), replace(self._me, claims=claims).text)
+            self._this_process = self._this_process or LockHolder.this_process()
+            self._heartbeat.start(_holder_note(path), replace(self._this_process, claims=claims).json_text)
         return True
 
-    def _lock(self, path: Path) -> BaseFileLock:
-        if self.exclusion.by_flock:
+    def _new_lock(self, path: Path) -> BaseFileLock:
+        if self.lock_support.flock_works:
             return FileLock(path, mode=0o664, fallback_to_soft=False, thread_local=False)
-        # Not at the path that huggingface_hub uses: its own soft lock would wait there for ever.
-        return StrictSoftFileLock(_soft_path(path), mode=0o664, thread_local=False)
+        # Another path than the lock of huggingface_hub: its own soft lock would wait at that path without end.
+        return StrictSoftFileLock(_soft_lock_path(path), mode=0o664, thread_local=False)
 
 
-def _soft_path(path: Path) -> Path:
+def _soft_lock_path(path: Path) -> Path:
     return path.with_suffix(".soft")
 
 
-def _coordination(path: Path) -> Path:
-    """What `StrictSoftFileLock` keeps its claims in."""
+def _claims_folder(path: Path) -> Path:
+    """Return the folder in which `StrictSoftFileLock` keeps its claims."""
     return path.with_suffix(".soft.filelock")
 
 
-def _note_of(path: Path) -> Path:
+def _holder_note(path: Path) -> Path:
     return path.with_suffix(".holder")
 
 
-def _who(path: Path) -> str:
-    """Name the holder of a lock, as far as it is known."""
-    return str(LockHolder.read(_note_of(path)) or local_lock_holder(path) or "another process")
+def _describe_holder(path: Path) -> str:
+    """Name the process that holds a lock, as far as it is known."""
+    return str(LockHolder.read(_holder_note(path)) or local_lock_holder(path) or "another process")
 
 
 def _has_claims(lock: StrictSoftFileLock) -> bool:
@@ -176,8 +182,8 @@ def _has_claims(lock: StrictSoftFileLock) -> bool:
         return False
 
 
-def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
-    """Remove the claims of a holder of which it is proven that its process has ended."""
+def _break_dead_claims(lock: StrictSoftFileLock, note: Path) -> None:
+    """Remove the claims of a holder when it is proven that its process has ended."""
     holder = LockHolder.read(note)
     if holder is None or not holder.is_dead:
         return
@@ -185,58 +191,67 @@ def _break_dead(lock: StrictSoftFileLock, note: Path) -> None:
         if claim.name in holder.claims:
             with contextlib.suppress(FileNotFoundError):
                 lock.force_break(claim.name)
-                logger.warning("removed a claim on %s: %s has ended", lock.lock_file, holder)
+                logger.warning("removed a stale claim on %s: %s has ended", lock.lock_file, holder)
 
 
 class _HolderWatch:
-    """The note of a holder, as it changes."""
+    """Measures how long the note of a lock holder has not changed."""
 
     def __init__(self, note: Path) -> None:
         self._note = note
-        self._last, self._since = self._look(), time.monotonic()
+        self._last, self._since = self._status(), time.monotonic()
 
     def silence(self) -> float:
-        """Seconds since anything of it changed."""
-        now = self._look()
-        if now != self._last:
-            self._last, self._since = now, time.monotonic()
+        """Return the seconds since the note last changed."""
+        status = self._status()
+        if status != self._last:
+            self._last, self._since = status, time.monotonic()
         return time.monotonic() - self._since
 
-    def _look(self) -> tuple[int, int] | None:
+    def _status(self) -> tuple[int, int] | None:
         with contextlib.suppress(OSError):
-            seen = self._note.stat()
-            return seen.st_mtime_ns, seen.st_ino
+            status = self._note.stat()
+            return status.st_mtime_ns, status.st_ino
         return None
 
 
 @dataclass
 class _HolderHeartbeat:
-    """Says beside each lock who holds it, and touches what it said as long as it does."""
+    """Writes a note beside each lock that names its holder, and touches the notes from a thread as a heartbeat.
 
-    every: float
+    Attributes
+    ----------
+    interval : float
+        Seconds between two heartbeats.
+    """
+
+    interval: float
     _notes: set[Path] = field(default_factory=set)
-    _ended: threading.Event | None = None
+    _stopped: threading.Event | None = None
 
-    def begin(self, note: Path, text: str) -> None:
+    def start(self, note: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             write_atomically(note, text)
             os.utime(note)
         self._notes.add(note)
-        if self._ended is None:
-            self._ended = threading.Event()
-            threading.Thread(target=self._run, args=(self._ended,), name="weightferry-holds", daemon=True).start()
+        if self._stopped is None:
+            self._stopped = threading.Event()
+            thread = threading.Thread(
+                target=self._run, args=(self._stopped,), name="weightferry-lock-heartbeat", daemon=True
+            )
+            thread.start()
 
-    def end(self, note: Path) -> None:
+    def stop(self, note: Path) -> None:
         if note in self._notes:
             self._notes.discard(note)
             with contextlib.suppress(OSError):
                 note.unlink()
-        if not self._notes and self._ended:
-            self._ended.set()
-            self._ended = None
+        if not self._notes and self._stopped:
+            self._stopped.set()
+            self._stopped = None
 
-    def _run(self, ended: threading.Event) -> None:
-        while not ended.wait(self.every):
+    def _run(self, stopped: threading.Event) -> None:
+        while not stopped.wait(self.interval):
             for note in list(self._notes):
                 with contextlib.suppress(OSError):
-                    os.utime(note)  # which makes none anew that `end` has removed
+                    os.utime(note)  # fails for a note that `stop` has removed, and does not make it again

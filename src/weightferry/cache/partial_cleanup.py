@@ -1,4 +1,4 @@
-"""Partial data in a cache: what of it somebody brings now, and what a killed process left."""
+"""Partial data in a cache: list it, and remove the data that killed processes left."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.lock_support import LockSupport
-from weightferry.cache.partial import discard, is_untouched
-from weightferry.cache.permissions import entries, folders
-from weightferry.cache.usage import alone
+from weightferry.cache.partial import discard, is_empty
+from weightferry.cache.permissions import list_entries, list_folders
+from weightferry.cache.usage import exclusive_use
 
-_SECTOR = 512  # bytes of a block that `stat` counts
+_BLOCK = 512  # bytes; the unit of `st_blocks`
 
 
 @dataclass(frozen=True)
@@ -24,80 +24,85 @@ class PartialData:
     Attributes
     ----------
     path : Path
-    taken : int
-        Bytes that it has on the disk.
-    written : float
-        Seconds since the epoch, when somebody last wrote to it.
+    disk_size : int
+        Bytes that it takes on the disk.
+    last_written : float
+        When a process last wrote to it, in seconds since the epoch.
     """
 
     path: Path
-    taken: int
-    written: float
+    disk_size: int
+    last_written: float
 
 
-def unfinished(layout: CacheLayout) -> list[PartialData]:
-    """List the partial data of a cache, what was written to longest ago first."""
+def list_partial_data(layout: CacheLayout) -> list[PartialData]:
+    """Return the partial data of a cache; the data that was written to longest ago comes first."""
     found = []
-    for entry in (entry for folder in folders(layout.partial) for entry in entries(folder)):
+    for entry in (entry for folder in list_folders(layout.partial) for entry in list_entries(folder)):
         if not entry.name.endswith(".journal"):
             with contextlib.suppress(OSError):
-                seen = entry.stat(follow_symlinks=False)
-                found.append(PartialData(Path(entry.path), seen.st_blocks * _SECTOR, seen.st_mtime))
-    return sorted(found, key=lambda one: one.written)
+                status = entry.stat(follow_symlinks=False)
+                found.append(PartialData(Path(entry.path), status.st_blocks * _BLOCK, status.st_mtime))
+    return sorted(found, key=lambda data: data.last_written)
 
 
-def remove_abandoned(layout: CacheLayout, mine: Collection[Path], locks: LockSupport) -> Iterator[int]:
-    """Remove, one after the other, partial data that nobody brings; yield its bytes.
+def remove_abandoned(layout: CacheLayout, own_paths: Collection[Path], locks: LockSupport) -> Iterator[int]:
+    """Remove, one after the other, partial data that no running process downloads; yield the bytes of each.
 
     Parameters
     ----------
-    mine
-        Partial data with which this process goes on.
+    own_paths
+        Partial data from which this process resumes.
     locks
-        Where they exclude, they tell what somebody brings. Of data that no lock is on nobody knows whose it is: it is
-        left alone.
+        Where `flock` works, a held lock shows that a process downloads the data. Data without a lock stays: its owner
+        is unknown.
     """
-    for one in unfinished(layout):
-        if one.path not in mine and _is_dropped(layout, one, locks, is_old=False):
-            yield one.taken
+    for data in list_partial_data(layout):
+        if data.path not in own_paths and _remove_unless_locked(layout, data, locks, is_old=False):
+            yield data.disk_size
 
 
-def _is_dropped(layout: CacheLayout, one: PartialData, locks: LockSupport, is_old: bool) -> bool:
-    """Remove partial data unless somebody brings it; what no lock tells about, when it is old."""
+def _remove_unless_locked(layout: CacheLayout, data: PartialData, locks: LockSupport, is_old: bool) -> bool:
+    """Remove partial data unless a process holds its lock. Data that has no lock is removed only when it is old."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-        known = layout.locks_of_partial(one.path) if locks.by_flock else ()
-        if (known or is_old) and all(held.enter_context(alone(lock)) for lock in known if lock.exists()):
-            discard(one.path)
+        paths = layout.partial_locks(data.path) if locks.flock_works else ()
+        if (paths or is_old) and all(held.enter_context(exclusive_use(lock)) for lock in paths if lock.exists()):
+            discard(data.path)
             return True
     return False
 
 
-def sweep(
-    layout: CacheLayout, mine: Collection[Path], ttl: float, locks: LockSupport, sources: Collection[str] = ()
+def remove_expired(
+    layout: CacheLayout, own_paths: Collection[Path], ttl: float, locks: LockSupport, sources: Collection[str] = ()
 ) -> None:
-    """Remove partial data that nobody has written to for `ttl` seconds, and halves of notes and of partial data.
+    """Remove partial data that no process has written to for `ttl` seconds, and incomplete notes of that age.
 
-    Space that a killed process took, and into which nothing came, goes at once. Some may belong to somebody else: that
-    is left.
+    Space that a killed process reserved without writing to it is freed at once. Files that this user may not remove
+    stay.
 
     Parameters
     ----------
+    own_paths
+        Partial data from which this process resumes.
     sources
-        Folders of the sources whose halves are looked for: in all of a large cache that would take long.
+        Folder names of the sources in which to look for incomplete notes and for journals without data. Looking in all
+        sources of a large cache would take too long.
     """
-    for one in unfinished(layout):
-        is_old = time.time() - one.written >= ttl
-        if one.path not in mine and (is_old or is_untouched(one.path)):
-            _is_dropped(layout, one, locks, is_old)
-    for half in _halves(layout, sources):
+    for data in list_partial_data(layout):
+        is_old = time.time() - data.last_written >= ttl
+        if data.path not in own_paths and (is_old or is_empty(data.path)):
+            _remove_unless_locked(layout, data, locks, is_old)
+    for leftover in _leftovers(layout, sources):
         with contextlib.suppress(OSError):
-            if time.time() - half.lstat().st_mtime > ttl:
-                half.unlink()
+            if time.time() - leftover.lstat().st_mtime > ttl:
+                leftover.unlink()
 
 
-def _halves(layout: CacheLayout, sources: Collection[str]) -> Iterator[Path]:
+def _leftovers(layout: CacheLayout, sources: Collection[str]) -> Iterator[Path]:
+    """Yield journals without data, and notes that still have their temporary name."""
     for source in sources:
-        journals = (Path(entry.path) for entry in entries(layout.partial / source) if entry.name.endswith(".journal"))
+        entries = list_entries(layout.partial / source)
+        journals = (Path(entry.path) for entry in entries if entry.name.endswith(".journal"))
         yield from (path for path in journals if not path.with_suffix("").exists())
-        notes = entries(layout.verified / source)
+        notes = list_entries(layout.verified / source)
         yield from (Path(entry.path) for entry in notes if entry.name.startswith("."))

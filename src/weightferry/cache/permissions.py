@@ -1,7 +1,7 @@
-"""Who may read and write what is made in a cache: those who may in the folder it is made in, whatever the umask.
+"""Permissions of new files in a cache: they follow the folder in which the file is made, whatever the umask.
 
-So a private cache stays private, and in the cache of a group everybody goes on with what anybody left. There anybody
-may also have put a link where others look: nothing is made, changed or listed through one.
+A private cache stays private. In the cache of a group, every member can continue from the files of another member. A
+member may also have placed a symbolic link there, so no function here makes, changes or lists a file through a link.
 """
 
 from __future__ import annotations
@@ -14,60 +14,64 @@ from pathlib import Path
 
 from weightferry.errors import BadRequest
 
-# Never for everybody; and who removes must not have to be who made it, so no sticky bit below the cache itself.
-_FOLDER = stat.S_ISGID | 0o775
-_FILE = 0o664
+# Never writable for every user. No sticky bit below the cache itself: a member may remove a file that another one made.
+_FOLDER_MODE = stat.S_ISGID | 0o775
+_FILE_MODE = 0o664
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, each with the rights and the group of the one above it.
+    """Make a folder and its missing parents, each with the permissions and the group of the folder above it.
 
     Raises
     ------
     BadRequest
-        It is a link that somebody else put there.
+        The path is a symbolic link that another user made.
     """
     if path.is_symlink() and not is_own_link(path):
-        raise BadRequest(f"a link that user {path.lstat().st_uid} put into the cache: refused", subject=str(path))
+        raise BadRequest(
+            f"refused to write through {path}: it is a symbolic link made by user {path.lstat().st_uid}. Remove the "
+            "link, or choose another cache folder (`--cache-dir`)",
+            subject=str(path),
+        )
     if path.is_dir():
         return
     make_folder(path.parent)
     try:
         path.mkdir()
     except FileExistsError:
-        return  # somebody else was first
+        return  # another process made it first
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        _follow(descriptor, path.parent, _FOLDER)
+        _inherit_permissions(descriptor, path.parent, _FOLDER_MODE)
     finally:
         os.close(descriptor)
 
 
 def open_file(path: Path, flags: int) -> int:
-    """Open a file of a cache, made with the rights and the group of its folder where there is none.
+    """Open a file of a cache and return its descriptor. A new file gets the permissions and the group of its folder.
 
     Raises
     ------
     OSError
-        ELOOP: it is a link.
+        ELOOP: the path is a symbolic link.
     """
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return os.open(path, flags)
-    _follow(descriptor, path.parent, _FILE)
+    _inherit_permissions(descriptor, path.parent, _FILE_MODE)
     return descriptor
 
 
 def write_new(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is not there yet."""
+    """Write a file that does not exist yet."""
     with os.fdopen(open_file(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
         file.write(content)
 
 
 def touch(path: Path) -> None:
-    """Let a file be there, empty if it was not, and changed now."""
+    """Set the modification time of a file to now; make it, empty, when it does not exist."""
     make_folder(path.parent)
     descriptor = open_file(path, os.O_WRONLY)
     try:
@@ -76,31 +80,32 @@ def touch(path: Path) -> None:
         os.close(descriptor)
 
 
-def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what lies in a folder; nothing when that is a link, or cannot be read."""
+def list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder; nothing when the folder is a symbolic link or cannot be read."""
     with contextlib.suppress(OSError):
         if not folder.is_symlink():
-            with os.scandir(folder) as found:
-                yield from found
+            with os.scandir(folder) as entries:
+                yield from entries
 
 
-def folders(folder: Path) -> Iterator[Path]:
-    """Yield the folders in a folder, but for links and those that are half-made."""
-    for entry in entries(folder):
+def list_folders(folder: Path) -> Iterator[Path]:
+    """Yield the subfolders of a folder, without symbolic links and hidden folders, which are temporary."""
+    for entry in list_entries(folder):
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield Path(entry.path)
 
 
 def is_own_link(link: Path) -> bool:
-    """Whether a link was made by this user or by root."""
+    """Whether this user or root made a symbolic link."""
     return link.lstat().st_uid in (0, os.geteuid())
 
 
-def _follow(descriptor: int, folder: Path, most: int) -> None:
-    above = folder.stat()
-    # A group that this user is not in, or a file system without rights.
+def _inherit_permissions(descriptor: int, folder: Path, max_mode: int) -> None:
+    """Give a new file or folder the group of `folder`, and its mode as far as `max_mode` allows."""
+    parent = folder.stat()
+    # Fails when this user is not in the group, and on a file system without permissions.
     with contextlib.suppress(OSError):
-        if os.fstat(descriptor).st_gid != above.st_gid:
-            os.fchown(descriptor, -1, above.st_gid)
+        if os.fstat(descriptor).st_gid != parent.st_gid:
+            os.fchown(descriptor, -1, parent.st_gid)
     with contextlib.suppress(OSError):
-        os.fchmod(descriptor, above.st_mode & most)
+        os.fchmod(descriptor, parent.st_mode & max_mode)

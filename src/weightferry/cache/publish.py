@@ -1,4 +1,4 @@
-"""How a file gets its final name: checked and on disk first, then one rename."""
+"""Publish a file: its checksum has matched, it is written to the disk, then one rename gives it its final name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightferry.cache.atomic import point, write_atomically
+from weightferry.cache.atomic import replace_symlink, write_atomically
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.partial import discard
 from weightferry.cache.permissions import make_folder, touch
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 def publish(
     layout: CacheLayout, pinned: PinnedSource, file: File, partial: Path, sha256: str, *, sync: bool = True
 ) -> None:
-    """Give checked content its final name.
+    """Move verified content to its final path.
 
     Parameters
     ----------
     partial
-        The whole content, its checksum already compared; gone afterwards.
+        The complete content; the caller has compared its checksum. It does not exist afterwards.
     sha256
-        What was computed; noted where the origin publishes no checksum.
+        The computed digest. It is recorded in the cache when the origin publishes no checksum.
     sync
-        Wait until it is on the disk, where a crash could be missed otherwise (see `verified`). Small files are hashed
-        in every survey.
+        Wait until the content is on the disk, where a crash could otherwise go unnoticed (see `verified_notes`). Small
+        files do not need it: every survey hashes them.
     """
     if sync and not is_on_local_disk(layout):
         with partial.open("rb") as written:
@@ -44,7 +44,7 @@ def publish(
     try:
         partial.replace(blob)
     except FileNotFoundError:
-        # Where locks do not exclude, another job that wrote the same bytes to the same place was first.
+        # Where locks do not exclude, another job may have written the same bytes to the same path and renamed first.
         if not is_complete(layout, pinned, file):
             raise
     discard(partial)
@@ -52,27 +52,27 @@ def publish(
     logger.info("published %s/%s", pinned.name, file.path)
 
 
-def show(layout: CacheLayout, pinned: PinnedSource, places: Mapping[Path, Path] | None = None) -> None:
-    """Make the snapshot show every wanted file of `pinned`, and its branch point to the commit.
+def link_snapshot(layout: CacheLayout, pinned: PinnedSource, tier_paths: Mapping[Path, Path] | None = None) -> None:
+    """Make the snapshot's links to every requested file of `pinned`, and set its branch to the commit.
 
     Parameters
     ----------
-    places
-        By where content would be, where it is instead, in another cache.
+    tier_paths
+        For content that another cache holds: from its path in this cache to its path there.
     """
     for file in pinned.files:
         pointer = layout.pointer(pinned, file)
         blob = layout.blob(pinned, file)
         make_folder(pointer.parent)
-        # Relative within the cache, which may be moved or mounted elsewhere.
-        point(pointer, (places or {}).get(blob) or os.path.relpath(blob, pointer.parent))
+        # Relative within the cache: the cache may be moved or mounted elsewhere.
+        replace_symlink(pointer, (tier_paths or {}).get(blob) or os.path.relpath(blob, pointer.parent))
     ref = layout.ref(pinned)
     if ref is not None:
         write_atomically(ref, pinned.commit)
 
 
 def record_staged(layout: CacheLayout, pinned: PinnedSource) -> None:
-    """Note that a commit was staged now: what was longest ago is evicted first."""
+    """Record that a commit was staged now. Eviction removes the commits that were staged longest ago first."""
     note = layout.used_note(layout.repo(pinned).name, pinned.commit)
     with contextlib.suppress(OSError):
         touch(note)

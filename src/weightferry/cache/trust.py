@@ -1,6 +1,7 @@
-"""Whether a cache folder can be believed: nobody else may have made it, or may put things into it unseen.
+"""Check whether a cache folder can be trusted: no other user may have made it, or may replace files in it.
 
-Big files in a cache are believed on the word of notes in the same folder; who may write there may let any weights in.
+Notes in the cache folder decide whether a big file is hashed again. So a user who can write there can make weightferry
+load any weights.
 """
 
 from __future__ import annotations
@@ -16,102 +17,104 @@ from weightferry.cache.permissions import is_own_link
 from weightferry.errors import BadRequest
 
 
-def prepare(layout: CacheLayout, group: str = "") -> None:
-    """Check the path of a cache, and make the folder where there is none: for this user alone, or for a group.
+def prepare_cache_folder(layout: CacheLayout, group: str = "") -> None:
+    """Check a cache folder; make it when it does not exist, for this user alone or for a group.
 
-    What is made in it has the rights of the folder itself. One that is there is taken as it is: owned by root or by
-    this user, or writable by a group that this user is in. Root itself is not asked who owns a folder: in a container
-    it mostly is somebody else.
+    New files in a cache get the permissions of the cache folder. An existing folder is accepted when root or this user
+    owns it, or when a group of this user may write to it. For root, every owner is accepted: in a container the folder
+    usually belongs to another user.
 
     Parameters
     ----------
     group
-        Name of the group that a new cache is for.
+        Name of the group that may use a new cache.
 
     Raises
     ------
     BadRequest
-        Somebody else could have planted it: a foreign owner, a folder that anybody may write to, or a link that
-        somebody else put into such a folder; or there is no such group.
+        Another user could have put files there: a foreign owner, a folder that every user may write to, or a symbolic
+        link that another user made in such a folder. Or the group does not exist.
     OSError
-        It cannot be made.
+        The folder cannot be made.
     """
     try:
-        check(layout)
+        check_cache_folder(layout)
     except FileNotFoundError:
-        _make(layout.root, group)
+        _create_cache_folder(layout.root, group)
 
 
-def check(layout: CacheLayout) -> None:
-    """Check the path of a cache that is there; errors as of `prepare`.
+def check_cache_folder(layout: CacheLayout) -> None:
+    """Check an existing cache folder; errors as of `prepare_cache_folder`.
 
     Raises
     ------
     FileNotFoundError
-        It is not.
+        The folder does not exist.
     """
     root = layout.root
     _check_links(root)
-    seen = root.stat()
-    mode = seen.st_mode
+    status = root.stat()
+    mode = status.st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise BadRequest(
-            f"anybody may write to this cache folder (mode {stat.S_IMODE(mode):o}), and replace weights in it: refused;"
-            " chmod o-w it",
+            f"refused to use the cache {root}: every user may write to it (mode {stat.S_IMODE(mode):o}) and replace "
+            "weights. Run `chmod o-w` on it",
             subject=str(root),
         )
-    _check_owner(root, seen)
+    _check_owner(root, status)
     for folder in layout.own_folders():
         if folder.is_symlink() and not is_own_link(folder):
             raise BadRequest(
-                f"{folder} is a link that user {folder.lstat().st_uid} put into this cache: refused", subject=str(root)
+                f"refused to use the cache {root}: {folder} is a symbolic link made by user {folder.lstat().st_uid}. "
+                "Remove the link, or choose another cache folder (`--cache-dir`)",
+                subject=str(root),
             )
     if mode & stat.S_IWOTH:
-        # Where anybody may make folders, also those below may be planted.
+        # Where every user may make folders, another user may have made the cache's own folders.
         for folder in layout.own_folders():
             with contextlib.suppress(FileNotFoundError):
                 _check_owner(folder, folder.lstat())
 
 
-def _make(root: Path, group: str) -> None:
+def _create_cache_folder(root: Path, group: str) -> None:
     try:
         gid = grp.getgrnam(group).gr_gid if group else -1
     except KeyError:
         raise BadRequest(
-            f"there is no group {group!r} here, for which a cache is to be made", subject=str(root)
+            f"cannot make the cache {root}: this host has no group {group!r}. Check `cache_group`", subject=str(root)
         ) from None
     try:
-        # Not made elsewhere and renamed: that takes the place of an empty folder, which another rank made and knows.
+        # Not made elsewhere and renamed: the rename would replace an empty folder that another rank made and may use.
         root.mkdir(mode=0o700, parents=True)
     except FileExistsError:
         return
     if group:
-        _give(root, gid, group)
+        _assign_group(root, gid, group)
 
 
-def _give(root: Path, gid: int, group: str) -> None:
+def _assign_group(root: Path, gid: int, group: str) -> None:
     try:
         os.chown(root, -1, gid)
     except PermissionError:
         root.rmdir()
-        text = f"this user is not in the group {group!r}, for which a cache is to be made"
+        text = f"cannot make the cache {root}: this user is not in the group {group!r}. Check `cache_group`"
         raise BadRequest(text, subject=str(root)) from None
     root.chmod(0o2770)
 
 
-def _check_owner(folder: Path, seen: os.stat_result) -> None:
-    if not _is_trusted(seen):
+def _check_owner(folder: Path, status: os.stat_result) -> None:
+    if not _is_trusted(status):
         raise BadRequest(
-            f"this cache folder belongs to user {seen.st_uid}, who may have planted it: refused; name another one, or "
-            "let it be writable by a group that you are in",
+            f"refused to use the cache folder {folder}: it belongs to user {status.st_uid}, who can replace weights in "
+            "it. Choose another cache folder (`--cache-dir`), or let a group of yours write to this one",
             subject=str(folder),
         )
 
 
-def _is_trusted(seen: os.stat_result) -> bool:
-    me = os.geteuid()
-    shared = bool(seen.st_mode & stat.S_IWGRP) and seen.st_gid in {os.getegid(), *os.getgroups()}
-    return me in (0, seen.st_uid) or seen.st_uid == 0 or shared
+def _is_trusted(status: os.stat_result) -> bool:
+    user = os.geteuid()
+    group_may_write = bool(status.st_mode & stat.S_IWGRP) and status.st_gid in {os.getegid(), *os.getgroups()}
+    return user in (0, status.st_uid) or status.st_uid == 0 or group_may_write
 
 
 def _check_links(root: Path) -> None:
@@ -121,6 +124,7 @@ def _check_links(root: Path) -> None:
         folder, link = path.parent.stat(), path.lstat()
         if folder.st_mode & stat.S_IWOTH and link.st_uid not in (0, os.geteuid()):
             raise BadRequest(
-                f"{path} is a link that user {link.st_uid} put into a folder that anybody may write to: refused",
+                f"refused to use the cache {root}: {path} is a symbolic link made by user {link.st_uid} in a folder "
+                "that every user may write to. Choose another cache folder (`--cache-dir`)",
                 subject=str(root),
             )

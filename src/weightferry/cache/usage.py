@@ -1,7 +1,7 @@
-"""Who uses what of a cache: eviction removes nothing that a living process staged, and nothing that was pinned.
+"""Which processes use which source of a cache: eviction removes no source that a running process has staged.
 
-A process holds a shared `flock` on one small file for each source that it staged, for as long as it lives; the kernel
-gives it back whatever happens to the process. Whoever removes a source holds the same lock alone meanwhile.
+A process holds a shared `flock` on one small file for each source that it has staged, until it ends. The kernel frees
+the lock however the process ends. An eviction holds the same lock exclusively while it removes a source.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from weightferry.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 0.05  # seconds between two looks whether an eviction is over; it takes milliseconds
-_PATIENCE = 300.0  # seconds; `Settings.stall_timeout` by default
+_POLL_INTERVAL = 0.05  # seconds between two tries to lock; an eviction takes milliseconds
+_TIMEOUT = 300.0  # seconds; the default of `Settings.stall_timeout`
 
-_held: dict[Path, int] = {}
-_holding = threading.Lock()
+_held_locks: dict[Path, int] = {}
+_held_locks_guard = threading.Lock()
 
 
 def hold_sources(
@@ -37,137 +37,140 @@ def hold_sources(
     tiers: Iterable[CacheLayout],
     manifest: Manifest,
     check: Callable[[], None],
-    limit: float = _PATIENCE,
+    timeout: float = _TIMEOUT,
 ) -> None:
-    """Note that this process uses every source of a manifest in a cache, and in others, only read; see `use`."""
+    """Hold every source of a manifest in a cache, and in tiers, which are only read; see `hold_source`."""
     for cache in (layout, *tiers):
         for pinned in manifest.sources:
             if not pinned.in_place:
-                use(cache.used_lock(cache.repo(pinned).name), check, limit, make=cache is layout)
+                hold_source(cache.used_lock(cache.repo(pinned).name), check, timeout, make=cache is layout)
 
 
-def use(lock: Path, check: Callable[[], None], limit: float = _PATIENCE, *, make: bool = True) -> None:
-    """Note that this process uses a source, until it ends; waits while the source is being evicted.
+def hold_source(lock: Path, check: Callable[[], None], timeout: float = _TIMEOUT, *, make: bool = True) -> None:
+    """Protect a source from eviction until this process ends. Waits while an eviction removes the source.
 
-    A cache that this process may not even read that file of is used without: whoever evicts there has to know.
+    Where this process may not even read the lock file, it uses the source without protection. The administrator who
+    evicts in such a cache must know which jobs use it.
 
     Parameters
     ----------
     lock
-        The file of the source, `CacheLayout.used_lock`.
+        The lock file of the source, `CacheLayout.used_lock`.
     check
-        Called while waiting; what it raises ends the wait.
-    limit
+        Called while waiting; its exception ends the wait.
+    timeout
         Seconds to wait.
     make
-        Whether to make the file where there is none.
+        Whether to make the lock file when it does not exist.
 
     Raises
     ------
     Stalled
-        An eviction of it is not over by then.
+        An eviction still holds the lock after `timeout` seconds.
     """
-    with _holding:
-        if lock in _held:
+    with _held_locks_guard:
+        if lock in _held_locks:
             return
         try:
             descriptor = _open(lock, make=make)
         except OSError:
             return
         try:
-            if not _await(lambda: _is_shared(descriptor), check, limit):
+            if not _wait_until(lambda: _lock_shared(descriptor), check, timeout):
                 raise Stalled(
-                    f"is being removed for {limit:.0f} s by {local_lock_holder(lock) or 'another process'}",
+                    f"cannot use this cached source: it is still being evicted after {timeout:.0f} s by "
+                    f"{local_lock_holder(lock) or 'another process'}. Check whether that process hangs, then try again",
                     subject=str(lock),
                 )
         except BaseException:
             os.close(descriptor)
             raise
-        _held[lock] = descriptor
+        _held_locks[lock] = descriptor
 
 
-def _is_shared(descriptor: int) -> bool:
+def _lock_shared(descriptor: int) -> bool:
     try:
         return try_flock(descriptor, fcntl.LOCK_SH)
     except OSError:
-        return True  # no flock here
+        return True  # this file system has no flock
 
 
-def _await(done: Callable[[], bool], check: Callable[[], None], limit: float) -> bool:
-    """Look again and again; whether it was done in time."""
-    until = time.monotonic() + limit
+def _wait_until(done: Callable[[], bool], check: Callable[[], None], timeout: float) -> bool:
+    """Poll until `done` returns true. Return False after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     while not done():
         check()
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
-        time.sleep(_LOOK)
+        time.sleep(_POLL_INTERVAL)
     return True
 
 
-def forget() -> None:
-    """Give back what this process uses; for tests, and after a fork that goes on with something else."""
-    with _holding:
-        for descriptor in _held.values():
+def release_held_sources() -> None:
+    """Release every source that this process holds; for tests, and after a fork whose child uses other sources."""
+    with _held_locks_guard:
+        for descriptor in _held_locks.values():
             os.close(descriptor)
-        _held.clear()
+        _held_locks.clear()
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[bool]:
-    """Yield whether nobody uses a source; if so, nobody begins to while this context lasts."""
+def exclusive_use(lock: Path) -> Iterator[bool]:
+    """Yield whether no process uses a source. If so, none can start to use it until the context ends."""
     descriptor = _open(lock)
     try:
         yield try_flock(descriptor)
     finally:
-        # Not by closing alone: a process that was forked meanwhile has the file open too.
+        # Closing is not enough: a process that was forked in the meantime has the file open too.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def serialized(lock: Path, check: Callable[[], None], limit: float = _PATIENCE) -> Iterator[None]:
-    """Wait until nobody else is in such a context of the same file; without locks nobody waits.
+def serialized(lock: Path, check: Callable[[], None], timeout: float = _TIMEOUT) -> Iterator[None]:
+    """Run a block in one process at a time. Where the file system has no locks, the block runs without waiting.
 
     Parameters
     ----------
     check
-        Called while waiting; what it raises ends the wait.
-    limit
-        Seconds to wait before going on all the same.
+        Called while waiting; its exception ends the wait.
+    timeout
+        Seconds to wait before continuing without the lock.
     """
     with contextlib.ExitStack() as held:
-        if not _await(lambda: _is_ours(held, lock), check, limit):
+        if not _wait_until(lambda: _lock_exclusive(held, lock), check, timeout):
             logger.warning(
-                "%s is held for %.0f s by %s: going on", lock, limit, local_lock_holder(lock) or "another process"
+                "continuing without the lock %s: %s still holds it after %.0f s",
+                *(lock, local_lock_holder(lock) or "another process", timeout),
             )
         yield
 
 
-def _is_ours(held: contextlib.ExitStack, lock: Path) -> bool:
+def _lock_exclusive(held: contextlib.ExitStack, lock: Path) -> bool:
     try:
-        if held.enter_context(alone(lock)):
+        if held.enter_context(exclusive_use(lock)):
             return True
     except OSError:
-        return True  # no flock here, or nothing may be written: that shows soon enough
+        return True  # no flock here, or no right to write; later steps report a missing right
     held.close()
     return False
 
 
 def in_use(lock: Path) -> bool:
-    """Whether a living process uses a source."""
+    """Whether a running process uses a source."""
     if not lock.exists():
         return False
-    with alone(lock) as free:
-        return not free
+    with exclusive_use(lock) as unused:
+        return not unused
 
 
 def _open(lock: Path, *, make: bool = True) -> int:
-    """Open a file to lock it, for which the right to read is enough on most file systems; made where there is none."""
-    for flags in (os.O_RDWR, os.O_RDONLY):  # NFS locks for writing only what is opened for that
+    """Open a lock file, and make it when it does not exist. Read access is enough on most file systems."""
+    for flags in (os.O_RDWR, os.O_RDONLY):  # NFS grants an exclusive lock only on a file that is open for writing
         with contextlib.suppress(FileNotFoundError, PermissionError):
             return os.open(lock, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
     if not make:
-        raise FileNotFoundError(errno.ENOENT, "not there", str(lock))
+        raise FileNotFoundError(errno.ENOENT, "no such lock file", str(lock))
     make_folder(lock.parent)
     return open_file(lock, os.O_RDWR)

@@ -1,11 +1,11 @@
-"""Which big files were hashed since they last changed: a note of size, time and inode, beside the cache's content.
+"""Notes about big files that were hashed: a note keeps size, modification time and inode of the verified content.
 
-Reading 100 GB again before every start would cost a minute; believing a name would let in what somebody else wrote.
-Damage below the file system, which changes none of these, is not seen.
+Hashing 100 GB before every start would take a minute. Trusting a file name would accept a file that another program
+wrote. Damage below the file system changes none of the three values, so the notes do not detect it.
 
-A crash of the machine may keep a file's name and lose its bytes. On a file system of this machine alone the note holds
-the running kernel too, and so means nothing after a crash; that is cheaper than to wait for the disk at every file. On
-others the bytes are on the disk before there is a name.
+A crash of the machine may keep a file's name and lose its bytes. On a local file system the note also names the running
+kernel, so it is invalid after a crash or reboot; this costs less than an fsync for every file. On other file systems
+the file is written to the disk before it gets its name.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from weightferry.cache.atomic import write_atomically
 from weightferry.cache.layout import CacheLayout
-from weightferry.cluster.domains import is_local
+from weightferry.cluster.mounts import is_local
 from weightferry.cluster.topology import boot_id
-from weightferry.manifest import File, Pinned
+from weightferry.manifest import File, PinnedSource
 
 
-def is_verified(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> bool:
-    """Whether the content was found right before, and nothing shows that it changed since.
+def is_verified(layout: CacheLayout, pinned: PinnedSource, file: File, notes: CacheLayout | None = None) -> bool:
+    """Whether the checksum of the content matched before and the file has not changed since.
 
     Parameters
     ----------
@@ -31,24 +31,25 @@ def is_verified(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLay
     """
     with contextlib.suppress(OSError, ValueError):
         note = (notes or layout).verified_note(pinned, file)
-        return note.read_text() == _state(layout, layout.blob(pinned, file))
+        return note.read_text() == _fingerprint(layout, layout.blob(pinned, file))
     return False
 
 
-def note_verified(layout: CacheLayout, pinned: Pinned, file: File, notes: CacheLayout | None = None) -> None:
-    """Note that the content was found right; a cache that cannot be written to is hashed again next time."""
+def note_verified(layout: CacheLayout, pinned: PinnedSource, file: File, notes: CacheLayout | None = None) -> None:
+    """Record that the checksum of the content matched. In a read-only cache the next survey hashes the file again."""
     with contextlib.suppress(OSError):
-        write_atomically((notes or layout).verified_note(pinned, file), _state(layout, layout.blob(pinned, file)))
+        write_atomically((notes or layout).verified_note(pinned, file), _fingerprint(layout, layout.blob(pinned, file)))
 
 
-def _state(layout: CacheLayout, blob: Path) -> str:
-    seen = blob.stat()
+def _fingerprint(layout: CacheLayout, blob: Path) -> str:
+    """Return the content of a note: size in bytes, modification time in ns, inode, and the running kernel or "any"."""
+    status = blob.stat()
     kernel = boot_id() if is_on_local_disk(layout) else "any"
-    return f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ino} {kernel}"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {kernel}"
 
 
 def is_on_local_disk(layout: CacheLayout) -> bool:
-    """Whether the cache is on a file system of this machine alone."""
+    """Whether the cache is on a file system that only this machine can see."""
     return _is_local(layout.root)
 
 

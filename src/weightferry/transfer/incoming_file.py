@@ -108,7 +108,7 @@ class IncomingFile:
 
     def note(self, run: WrittenRange) -> None:
         """Put down that a run of bytes was written to `partial`."""
-        self.partial.note(run)
+        self.partial.record(run)
         self._hash_on()
 
     def end_at(self, size: int) -> None:
@@ -143,12 +143,12 @@ class IncomingFile:
     def _is_due(self) -> bool:
         if self._published or self._opened is None:
             return False
-        return self._opened.whole_from(self._hashed) > self._hashed or self._hashed == self.size
+        return self._opened.contiguous_end(self._hashed) > self._hashed or self._hashed == self.size
 
     def _hash(self) -> None:
         try:
             partial = self.partial
-            end = min(partial.whole_from(self._hashed), self._hashed + _AT_A_TIME)
+            end = min(partial.contiguous_end(self._hashed), self._hashed + _AT_A_TIME)
             for chunk in partial.read(self._hashed, end):
                 self._hashes.update(chunk)
             self._hashed = end

@@ -46,7 +46,7 @@ class PieceStore:
     ) -> None:
         self._surveyor, self._layout, self.files = surveyor, surveyor.layout, surveyor.files
         self._pieces, self._ended = pieces, ended
-        self.nearby = surveyor.nearby
+        self.nearby = surveyor.user_cache_paths
         self._lock = Lock()
         self._missing = set(lacking)
         self._private: list[IncomingFile] = []
@@ -59,10 +59,15 @@ class PieceStore:
 
     def _arrival(self, index: int, pool: Executor) -> IncomingFile:
         entry = self.files[index]
-        locked = self._surveyor.locked(index)
+        locked = self._surveyor.holds_lock(index)
         path = self._layout.partial_of(*entry) if locked else self._layout.new_partial(*entry)
         made = IncomingFile(
-            self._layout, entry, path, self._surveyor.runs.get(index, []), pool, lambda end: self._end(index, end)
+            self._layout,
+            entry,
+            path,
+            self._surveyor.written_ranges.get(index, []),
+            pool,
+            lambda end: self._end(index, end),
         )
         if not locked:
             self._private.append(made)
@@ -98,7 +103,7 @@ class PieceStore:
         return self.incoming[piece.files[0]].size
 
     def _blob_size(self, index: int) -> int:
-        return self._surveyor.place(index).stat().st_size
+        return self._surveyor.content_path(index).stat().st_size
 
     def has(self, piece: Piece, start: int, stop: int) -> bool:
         """Whether bytes `start` to `stop` of a piece are there, to be passed on."""
@@ -114,7 +119,7 @@ class PieceStore:
         begin = frame.start % mmap.ALLOCATIONGRANULARITY  # a mapping starts with a page, a frame anywhere
         length, offset = begin + frame.stop - frame.start, frame.start - begin
         if incoming is None:
-            descriptor = os.open(self._surveyor.place(index), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._surveyor.content_path(index), os.O_RDONLY | os.O_CLOEXEC)
         else:
             descriptor = incoming.open(os.O_RDWR)
             if incoming.file.size is None and os.fstat(descriptor).st_size < frame.stop:
@@ -136,7 +141,7 @@ class PieceStore:
 
     def bundle(self, piece: Piece) -> bytes:
         """Read the files of a bundle, one after the other."""
-        return b"".join(self._surveyor.place(index).read_bytes() for index in piece.files)
+        return b"".join(self._surveyor.content_path(index).read_bytes() for index in piece.files)
 
     def unbundle(self, piece: Piece, content: memoryview, sender: str) -> None:
         """Publish the files of a bundle that came from a peer.

@@ -55,7 +55,7 @@ def _digests(index: int, surveys: Mapping[int, DomainSurvey], results: Mapping[i
     """By digest of a file, the first leader that has it."""
     seen: dict[str, int] = {}
     for leader, done in results.items():
-        digest = done.sha256.get(index) or surveys[leader].whole.get(index)
+        digest = done.sha256.get(index) or surveys[leader].complete.get(index)
         if digest:
             seen.setdefault(digest, leader)
     return seen
