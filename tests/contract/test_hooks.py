@@ -1,4 +1,4 @@
-"""What every hook must keep to, whatever it loads and from whatever format."""
+"""The contract of every hook, for every type and every format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Load = Callable[[str, Any, Path], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of object, and how its tests make one, fill it, and look into it."""
+    """A type of object, with functions that create an object, change it, and return its state."""
 
     make: Callable[[], Any]
     change: Callable[[Any], None]
@@ -47,7 +47,7 @@ class Network(nn.Module):
 
 
 class Counter:
-    """A class of a user's, with a method of each mark."""
+    """A user's class with a marked method."""
 
     def __init__(self) -> None:
         self.counts = [0, 0]
@@ -148,7 +148,7 @@ KINDS = {
 
 def save(state: Any, form: str, path: Path) -> None:
     if form == "safetensors":
-        # The format holds a tied tensor under one of its names.
+        # A safetensors file holds a tied tensor under one key only.
         safetensors.torch.save_file({key: value for key, value in state.items() if key != "head.weight"}, path)
     elif form == "bytes":
         path.write_bytes(state)
@@ -159,7 +159,7 @@ def save(state: Any, form: str, path: Path) -> None:
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy of a state that compares by value."""
+    """Return a copy of a state that is compared by value."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()
     if isinstance(value, Mapping):
@@ -169,7 +169,7 @@ def snapshot(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """An object of a kind beside a file for it, whose state is another one."""
+    """An object of a kind, and a file for it with a different state."""
 
     kind: Kind
     obj: Any
@@ -195,12 +195,12 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
 
 
 def fails(subject: Subject) -> LoadError:
-    """Load, and check what holds for every failure."""
+    """Load, and check the rules for every failure; return the error."""
     before = subject.state()
     with pytest.raises(LoadError) as caught:
         subject.load()
     error = caught.value
-    assert subject.state() == before, "the object is touched"
+    assert subject.state() == before, "the object was changed"
     assert str(subject.path) in str(error)
     assert error.subject == str(subject.path)
     travelled = pickle.loads(pickle.dumps(error))
@@ -209,13 +209,13 @@ def fails(subject: Subject) -> LoadError:
     return error
 
 
-def test_loads_what_was_saved_whatever_the_file_is_called(subject: Subject) -> None:
+def test_loads_the_saved_state_from_a_file_of_any_name(subject: Subject) -> None:
     assert subject.state() != subject.expected
     subject.load()
     assert subject.state() == subject.expected
 
 
-def test_takes_the_path_as_text(subject: Subject) -> None:
+def test_accepts_the_path_as_text(subject: Subject) -> None:
     subject.kind.load("thing", subject.obj, str(subject.path))  # type: ignore[arg-type]
     assert subject.state() == subject.expected
 

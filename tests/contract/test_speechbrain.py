@@ -1,6 +1,6 @@
-"""Our Pretrainer beside SpeechBrain's own on thirty generated set-ups: the same files, numbers and refusals.
+"""weightferry's Pretrainer and SpeechBrain's on thirty generated set-ups: the same files, values and errors.
 
-Skipped where SpeechBrain cannot be imported: it brings its own stack with it (torchaudio among others).
+Skipped if SpeechBrain cannot be imported: it needs more packages, such as torchaudio.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import weightferry
 
 try:
     checkpoints: Any = import_module("speechbrain.utils.checkpoints")
-    Theirs: Any = import_module("speechbrain.utils.parameter_transfer").Pretrainer
-except Exception as error:  # noqa: BLE001 -- an import of its stack fails in many ways
+    SpeechBrainPretrainer: Any = import_module("speechbrain.utils.parameter_transfer").Pretrainer
+except Exception as error:  # noqa: BLE001 -- its imports fail in many ways
     pytest.skip(f"SpeechBrain cannot be imported here: {type(error).__name__}: {error}", allow_module_level=True)
 
 
 @checkpoints.register_checkpoint_hooks
 class Scaler:
-    """As SpeechBrain's InputNormalization: loads itself by a marked method."""
+    """Like SpeechBrain's InputNormalization: it loads itself with a marked method."""
 
     def __init__(self) -> None:
         self.mean = torch.zeros(3)
@@ -43,7 +43,7 @@ class Scaler:
 
 @checkpoints.register_checkpoint_hooks
 class Counter:
-    """Loads itself by a marked loader."""
+    """Loads itself with a marked loader."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -62,7 +62,7 @@ class Counter:
 
 
 class Labels:
-    """As a label encoder: nobody knows how to load it, a custom hook does."""
+    """Like a label encoder: its type has no hook, a custom hook loads it."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -90,7 +90,7 @@ def network() -> nn.Module:
 
 @dataclass
 class SetUp:
-    """One way to use it: made twice, from the same numbers."""
+    """The arguments of one Pretrainer; created twice from the same seed."""
 
     loadables: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -129,7 +129,7 @@ MAKE = {
 
 
 def make(seed: int, folder: Path) -> SetUp:
-    """Make a set-up; its files are written on the way, the same each time."""
+    """Create a set-up and write its files; the same seed gives the same files."""
     rng = random.Random(seed)
     made = SetUp()
     defaults = folder / "default"
@@ -155,7 +155,7 @@ def make(seed: int, folder: Path) -> SetUp:
 
 
 def outcome(pretrainer: Any, made: SetUp) -> tuple[str, Mapping[str, bytes], Mapping[str, Any]]:
-    """Collect and load; what failed, if anything did, what was collected, and what everything then holds."""
+    """Collect and load; return the step that failed or "", the collected files, and the state of all objects."""
     found: Mapping[str, Any] = {}
     failed = ""
     try:
@@ -163,7 +163,7 @@ def outcome(pretrainer: Any, made: SetUp) -> tuple[str, Mapping[str, bytes], Map
         failed = "load"
         pretrainer.load_collected()
         failed = ""
-    except Exception:  # noqa: BLE001 -- each has errors of its own
+    except Exception:  # noqa: BLE001 -- the two packages raise different classes
         failed = failed or "collect"
     collected = {name: Path(path).read_bytes() for name, path in found.items()}
     return failed, collected, {name: state_of(obj) for name, obj in made.loadables.items()}
@@ -176,7 +176,7 @@ SEEDS = range(30)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_as_speechbrain(seed: int, collect_in: str | None, tmp_path: Path) -> None:
     results = []
-    for kind in (weightferry.Pretrainer, Theirs):
+    for kind in (weightferry.Pretrainer, SpeechBrainPretrainer):
         made = make(seed, tmp_path)
         into = tmp_path / collect_in / kind.__module__ if collect_in else None
         if into:
@@ -185,15 +185,15 @@ def test_the_same_as_speechbrain(seed: int, collect_in: str | None, tmp_path: Pa
         results.append(outcome(pretrainer, made))
         if into and not results[-1][0]:
             assert sorted(path.name for path in into.iterdir()) == sorted(f"{name}.ckpt" for name in results[-1][1])
-    ours, theirs = results
-    assert ours[0] == theirs[0]
-    assert ours[1] == theirs[1]
-    if not ours[0]:
-        # After a failure theirs may have written some objects, and ours has written none.
-        assert ours[2] == theirs[2]
+    weightferry_result, speechbrain_result = results
+    assert weightferry_result[0] == speechbrain_result[0]
+    assert weightferry_result[1] == speechbrain_result[1]
+    if not weightferry_result[0]:
+        # After a failure, SpeechBrain may have written some objects; weightferry has written none.
+        assert weightferry_result[2] == speechbrain_result[2]
 
 
-def test_the_seeds_cover_what_matters(tmp_path: Path) -> None:
+def test_the_seeds_cover_success_and_failure(tmp_path: Path) -> None:
     outcomes = []
     for seed in SEEDS:
         made = make(seed, tmp_path / str(seed))

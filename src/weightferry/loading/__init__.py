@@ -1,1 +1,1 @@
-"""From a whole file on disk into the user's objects."""
+"""Load a complete local file into the user's objects."""

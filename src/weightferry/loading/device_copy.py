@@ -1,7 +1,7 @@
-"""Onto a GPU through pinned buffers: while one is on its way, the next is filled from the mapped file.
+"""Copy tensors from the CPU to a GPU through two pinned buffers.
 
-A copy from pageable memory waits for a staging buffer of the driver's own and for the page faults of the mapping, one
-after the other; through two pinned buffers both go on at once.
+While the device reads one buffer, the CPU fills the other one from the mapped file. A copy from pageable memory does
+these steps one after the other: it waits for the driver's staging buffer and for the page faults of the mapping.
 """
 
 from __future__ import annotations
@@ -11,96 +11,98 @@ from typing import Any, Protocol
 
 import torch
 
-_BUFFER = 32 << 20  # bytes of each of the two: the bus is at its full speed from a few MB on
+_BUFFER_SIZE = 32 << 20  # bytes of each of the two buffers: the bus reaches its full speed at a few MB
 
 
 class DeviceCopier(Protocol):
-    """What leads to a device."""
+    """Copies from buffers in pinned memory to one device."""
 
-    def buffer(self, size: int) -> torch.Tensor:
-        """Make a buffer that the device can read by itself, of `size` bytes."""
+    def allocate(self, size: int) -> torch.Tensor:
+        """Return a buffer of `size` bytes that the device can read directly."""
 
-    def await_free(self, turn: int) -> None:
-        """Wait until what was sent from buffer number `turn` has been read."""
+    def wait_until_free(self, buffer_index: int) -> None:
+        """Wait until the device has read what was last sent from this buffer."""
 
-    def send(self, turn: int, content: torch.Tensor, to: torch.Tensor) -> None:
-        """Begin to copy; `content` is a part of buffer number `turn`."""
+    def start_copy(self, buffer_index: int, content: torch.Tensor, target: torch.Tensor) -> None:
+        """Start to copy `content`, a part of this buffer, to `target` on the device."""
 
-    def finish(self) -> None:
-        """Wait until all has arrived, and let what follows on the device see it."""
+    def synchronize(self) -> None:
+        """Wait until all copies are complete. Later work on the device then sees the new values."""
 
 
 class CudaDeviceCopier:
-    """A stream of its own beside the one that the program uses.
+    """Copies to a CUDA device on a stream of its own, beside the stream of the program.
 
     Parameters
     ----------
     device
-        With its index.
+        The device, with its index.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device)
-        # What the program still does with the old numbers comes first.
+        # The program may still read the old values: its queued work runs first.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._sent: dict[int, Any] = {}
+        self._copies: dict[int, Any] = {}
 
-    def buffer(self, size: int) -> torch.Tensor:
-        """See `DeviceCopier.buffer`."""
+    def allocate(self, size: int) -> torch.Tensor:
+        """See `DeviceCopier.allocate`."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def await_free(self, turn: int) -> None:
-        """See `DeviceCopier.await_free`."""
-        if turn in self._sent:
-            self._sent.pop(turn).synchronize()
+    def wait_until_free(self, buffer_index: int) -> None:
+        """See `DeviceCopier.wait_until_free`."""
+        if buffer_index in self._copies:
+            self._copies.pop(buffer_index).synchronize()
 
-    def send(self, turn: int, content: torch.Tensor, to: torch.Tensor) -> None:
-        """See `DeviceCopier.send`."""
+    def start_copy(self, buffer_index: int, content: torch.Tensor, target: torch.Tensor) -> None:
+        """See `DeviceCopier.start_copy`."""
         with torch.cuda.stream(self._stream):
-            to.copy_(content, non_blocking=True)
-            self._sent[turn] = self._stream.record_event()
+            target.copy_(content, non_blocking=True)
+            self._copies[buffer_index] = self._stream.record_event()
 
-    def finish(self) -> None:
-        """See `DeviceCopier.finish`."""
+    def synchronize(self) -> None:
+        """See `DeviceCopier.synchronize`."""
         self._stream.synchronize()
 
 
-def may_be_placed(theirs: object, ours: object) -> bool:
-    """Whether the bytes of one are copied to the other as they are, from the CPU to a GPU."""
+def can_copy_directly(source: object, target: object) -> bool:
+    """Whether the bytes of `source` on the CPU can be copied unchanged to `target` on a GPU."""
     return (
-        type(theirs) is torch.Tensor
-        and isinstance(ours, torch.Tensor)
-        and ours.is_cuda
-        and theirs.device.type == "cpu"
-        and theirs.dtype == ours.dtype
-        and theirs.shape == ours.shape
-        and theirs.is_contiguous()
-        and ours.is_contiguous()
+        type(source) is torch.Tensor
+        and isinstance(target, torch.Tensor)
+        and target.is_cuda
+        and source.device.type == "cpu"
+        and source.dtype == target.dtype
+        and source.shape == target.shape
+        and source.is_contiguous()
+        and target.is_contiguous()
     )
 
 
-def place(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], gate: DeviceCopier, size: int = _BUFFER) -> None:
-    """Copy each first tensor, on the CPU, into the second one, byte for byte.
+def copy_to_device(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], copier: DeviceCopier, buffer_size: int = _BUFFER_SIZE
+) -> None:
+    """Copy the first tensor of each pair, on the CPU, into the second one, byte for byte.
 
     Parameters
     ----------
     pairs
-        Of equal shapes and dtypes, contiguous.
-    size
-        Bytes of each of two buffers.
+        The two tensors of a pair have the same shape and dtype, and are contiguous.
+    buffer_size
+        Bytes of each of the two buffers.
     """
-    buffers = [gate.buffer(size) for _ in range(2)]
-    turn = 0
-    for theirs, ours in pairs:
-        source = theirs.detach().reshape(-1).view(torch.uint8)
-        target = ours.detach().view(-1).view(torch.uint8)
-        for start in range(0, len(source), size):
-            part = source[start : start + size]
-            gate.await_free(turn)
-            content = buffers[turn][: len(part)]
-            content.copy_(part)
-            gate.send(turn, content, target[start : start + len(part)])
-            turn = 1 - turn
-    gate.finish()
+    buffers = [copier.allocate(buffer_size) for _ in range(2)]
+    buffer_index = 0
+    for source, target in pairs:
+        source_bytes = source.detach().reshape(-1).view(torch.uint8)
+        target_bytes = target.detach().view(-1).view(torch.uint8)
+        for start in range(0, len(source_bytes), buffer_size):
+            chunk = source_bytes[start : start + buffer_size]
+            copier.wait_until_free(buffer_index)
+            content = buffers[buffer_index][: len(chunk)]
+            content.copy_(chunk)
+            copier.start_copy(buffer_index, content, target_bytes[start : start + len(chunk)])
+            buffer_index = 1 - buffer_index
+    copier.synchronize()

@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same numbers: a cheap digest of each tensor, compared between ranks."""
+"""Check that all ranks hold the same values: compute a cheap digest of each tensor, and compare it between ranks."""
 
 from __future__ import annotations
 
@@ -8,57 +8,72 @@ from typing import Any
 
 import torch
 
-from weightferry.errors import LoadError, ranges
+from weightferry.errors import LoadError, format_ranks
 from weightferry.loading.dtensor import is_dtensor
 
 Digests = dict[str, int]
 """By the name of a tensor, the CRC-32 of its bytes, shape and dtype."""
 
-_AT_A_TIME = 64 << 20  # bytes brought to the CPU at a time
+_CHUNK_SIZE = 64 << 20  # bytes copied to the CPU at a time
 
 
 def tensor_digests(obj: Any) -> Digests:
-    """Digest what ``obj.state_dict()`` holds, nested mappings and lists included.
+    """Return the digest of each value in ``obj.state_dict()``, including those in nested mappings and lists.
 
-    DTensors are left out, since each rank holds a part of its own. So are objects without ``state_dict``.
+    DTensors are left out, since each rank holds a different shard. Objects without ``state_dict`` have no digests.
     """
     state = obj.state_dict() if callable(getattr(obj, "state_dict", None)) else {}
     return {name: _digest(value) for name, value in _leaves("", state) if not is_dtensor(value)}
 
 
-def total(digests: Digests) -> int:
-    """Join them into one number."""
+def combine_digests(digests: Digests) -> int:
+    """Return one CRC-32 over all digests of a loadable."""
     return zlib.crc32(repr(sorted(digests.items())).encode())
 
 
-def different(totals: Mapping[int, Mapping[str, int]]) -> tuple[str, ...]:
-    """Return the names of the loadables for which ranks said different totals."""
-    names = dict.fromkeys(name for said in totals.values() for name in said)
-    return tuple(name for name in names if len({said[name] for said in totals.values() if name in said}) > 1)
-
-
-def explain_difference(name: str, said: Mapping[int, Digests], ranks: Sequence[int]) -> LoadError:
-    """Make the error for a loadable that is not the same on all ranks.
+def find_differing(combined: Mapping[int, Mapping[str, int]]) -> tuple[str, ...]:
+    """Return the names of the loadables whose combined digests differ between ranks.
 
     Parameters
     ----------
-    said
+    combined
+        By rank, then by loadable: the value of `combine_digests`.
+    """
+    names = dict.fromkeys(name for by_name in combined.values() for name in by_name)
+    return tuple(name for name in names if len({by_name[name] for by_name in combined.values() if name in by_name}) > 1)
+
+
+def difference_error(name: str, digests_by_rank: Mapping[int, Digests], job_ranks: Sequence[int]) -> LoadError:
+    """Return the error for a loadable that differs between ranks; it names the first value that differs.
+
+    Parameters
+    ----------
+    digests_by_rank
         By rank of the operation, its digests.
-    ranks
+    job_ranks
         By rank of the operation, the rank in the job.
     """
-    keys = dict.fromkeys(key for digests in said.values() for key in digests)
-    for key in keys:
+    detail = ""
+    for key in dict.fromkeys(key for digests in digests_by_rank.values() for key in digests):
         groups: dict[int | None, list[int]] = {}
-        for rank, digests in said.items():
-            groups.setdefault(digests.get(key), []).append(ranks[rank])
+        for rank, digests in digests_by_rank.items():
+            groups.setdefault(digests.get(key), []).append(job_ranks[rank])
         if len(groups) > 1:
-            told = [
-                f"ranks {ranges(members)} {'have no such tensor' if crc is None else f'have CRC-32 {crc:08x}'}"
+            values = [
+                f"{'missing' if crc is None else f'CRC-32 {crc:08x}'} on {_rank_list(members)}"
                 for crc, members in sorted(groups.items(), key=lambda group: -len(group[1]))
             ]
-            return LoadError(f"{name!r} is not the same on all ranks: of {key!r}, {', '.join(told)}", subject=name)
-    return LoadError(f"{name!r} is not the same on all ranks", subject=name)
+            detail = f": {key!r} is {', '.join(values)}"
+            break
+    return LoadError(
+        f"{name!r} is not the same on all ranks{detail}. Load the same file on every rank, or set "
+        "LoadOptions(rank_specific=True) if ranks must load different values",
+        subject=name,
+    )
+
+
+def _rank_list(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {format_ranks(ranks)}"
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -82,6 +97,6 @@ def _digest(value: Any) -> int:
     if flat.is_quantized:
         flat = flat.int_repr()
     flat = flat.view(torch.uint8)
-    for start in range(0, len(flat), _AT_A_TIME):
-        crc = zlib.crc32(flat[start : start + _AT_A_TIME].cpu().numpy().data, crc)
+    for start in range(0, len(flat), _CHUNK_SIZE):
+        crc = zlib.crc32(flat[start : start + _CHUNK_SIZE].cpu().numpy().data, crc)
     return crc

@@ -1,4 +1,4 @@
-"""Of a whole tensor the part that this rank owns: for FSDP2 and tensor-parallel modules, whose tensors are DTensors."""
+"""Cut this rank's shard out of a full tensor, for FSDP2 and tensor-parallel modules, whose tensors are DTensors."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import torch
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether this is a DTensor; asked without the seconds that importing them costs."""
+    """Whether `tensor` is a DTensor. The check does not import DTensor, which takes seconds."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_shard(whole: torch.Tensor, like: Any) -> Any:
-    """Make a DTensor that is split as `like` is, from this rank's part of `whole`; no rank speaks to another.
+def local_shard(full: torch.Tensor, like: Any) -> Any:
+    """Return a DTensor with this rank's shard of `full`, split as `like` is; no communication between ranks.
 
     Parameters
     ----------
-    whole
-        Of the shape of `like`; a view of a mapped file, of which only the part is read.
+    full
+        Has the shape of `like`. It is a view of a mapped file, of which only the shard is read.
     like
         A DTensor.
 
     Returns
     -------
     DTensor
-        Its part is a view of `whole` where `like` lives on the CPU.
+        Its local tensor is a view of `full` if `like` is on the CPU.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
-    part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    if like.device_mesh.device_type != part.device.type:
-        # With its index: a rank's tensors never come to be on the first GPU by accident.
-        part = part.to(like.to_local().device)
+    shape, offset = compute_local_shape_and_global_offset(full.shape, like.device_mesh, like.placements)
+    shard = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    if like.device_mesh.device_type != shard.device.type:
+        # The device of `like` has an index: without one, every rank of a node would copy to the first GPU.
+        shard = shard.to(like.to_local().device)
     return DTensor.from_local(
-        part,
+        shard,
         like.device_mesh,
         like.placements,
         run_check=False,
-        shape=whole.shape,
-        stride=torch.empty(whole.shape, device="meta").stride(),
+        shape=full.shape,
+        stride=torch.empty(full.shape, device="meta").stride(),
     )

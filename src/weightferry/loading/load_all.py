@@ -1,4 +1,4 @@
-"""Load everything on every rank: all is checked everywhere before anything is written anywhere."""
+"""Load all files on every rank: every rank checks all of its files before any rank writes."""
 
 from __future__ import annotations
 
@@ -10,93 +10,96 @@ from typing import Any
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.cluster.topology import read_topology
 from weightferry.errors import PlanMismatch
-from weightferry.loading.digest import Digests, different, explain_difference, tensor_digests, total
+from weightferry.loading.digest import Digests, combine_digests, difference_error, find_differing, tensor_digests
 from weightferry.loading.objects import check_loadable, prepare_object
-from weightferry.loading.options import DEFAULT, LoadOptions
+from weightferry.loading.options import DEFAULT_OPTIONS, LoadOptions
 from weightferry.loading.read_ahead import read_ahead
 from weightferry.loading.registry import Hook
-from weightferry.loading.weight_files import files_behind
+from weightferry.loading.weight_files import list_weight_files
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """One file and the object that it is loaded into."""
+    """One file, and the object to load it into."""
 
     obj: Any
     path: Path
     custom_hook: Hook | None = None
-    options: LoadOptions = DEFAULT
+    options: LoadOptions = DEFAULT_OPTIONS
 
 
-def load_all(coordinator: Coordinator, wanted: Callable[[], Mapping[str, LoadRequest]], *, verify: bool) -> None:
-    """Check, write, and compare what ranks then hold; every rank calls it.
+def load_all(coordinator: Coordinator, make_requests: Callable[[], Mapping[str, LoadRequest]], *, verify: bool) -> None:
+    """Check all files, write all objects, and with `verify` compare the objects between ranks; collective.
 
     Parameters
     ----------
-    wanted
-        Makes what this rank loads, by name; what it raises fails the operation on every rank.
+    make_requests
+        Returns what this rank loads, by the name of the loadable. An exception that it raises fails the operation on
+        every rank.
 
     Raises
     ------
     CollectError
         The same on every rank.
     """
-    loads: dict[str, LoadRequest] = {}
+    requests: dict[str, LoadRequest] = {}
     commits: list[Callable[[], None]] = []
 
     def check() -> dict[str, tuple[str, ...]]:
-        loads.update(wanted())
-        for name, load in loads.items():
-            check_loadable(name, load.obj, load.custom_hook)  # costs nothing: before the first file is opened
-        place = read_topology()
-        files = [file for load in loads.values() for file in files_behind(load.path)]
-        read_ahead(files, place.local_rank, place.local_world_size or 1, coordinator.check)
-        for name, load in loads.items():
+        requests.update(make_requests())
+        for name, request in requests.items():
+            check_loadable(name, request.obj, request.custom_hook)  # cheap: before the first file is opened
+        topology = read_topology()
+        files = [file for request in requests.values() for file in list_weight_files(request.path)]
+        read_ahead(files, topology.local_rank, topology.local_world_size or 1, coordinator.check)
+        for name, request in requests.items():
             coordinator.check()
-            commits.append(prepare_object(name, load.obj, load.path, load.custom_hook, load.options))
-        return {name: load.options.allow_globals for name, load in loads.items()}
+            commits.append(prepare_object(name, request.obj, request.path, request.custom_hook, request.options))
+        return {name: request.options.allow_globals for name, request in requests.items()}
 
     def write() -> None:
         for commit in commits:
             coordinator.check()
             commit()
 
-    coordinator.round("load", check, lambda said: _all_allow_the_same(said, coordinator))
-    coordinator.round("load", write, lambda _: None)
+    coordinator.run_phase("load", check, lambda by_rank: _check_allow_globals(by_rank, coordinator))
+    coordinator.run_phase("load", write, lambda _: None)
     if verify:
-        _compare(coordinator, loads)
+        _compare_digests(coordinator, requests)
 
 
-def _all_allow_the_same(said: Mapping[int, Mapping[str, tuple[str, ...]]], coordinator: Coordinator) -> None:
-    """Raise where ranks allow the pickle of one loadable different things."""
-    first: dict[str, int] = {}
-    for rank, names in said.items():
-        for name, allowed in names.items():
-            other = first.setdefault(name, rank)
-            if set(said[other][name]) != set(allowed):
+def _check_allow_globals(by_rank: Mapping[int, Mapping[str, tuple[str, ...]]], coordinator: Coordinator) -> None:
+    """Raise an error if `allow_globals` of one loadable differs between ranks."""
+    first_rank: dict[str, int] = {}
+    for rank, by_name in by_rank.items():
+        for name, allow_globals in by_name.items():
+            other = first_rank.setdefault(name, rank)
+            if set(by_rank[other][name]) != set(allow_globals):
                 raise PlanMismatch(
-                    f"allow_globals of {name!r} is {sorted(said[other][name])} on rank {coordinator.names[other]} and "
-                    f"{sorted(allowed)} on rank {coordinator.names[rank]}",
+                    f"allow_globals of {name!r} is {sorted(by_rank[other][name])} on rank "
+                    f"{coordinator.job_ranks[other]} and {sorted(allow_globals)} on rank "
+                    f"{coordinator.job_ranks[rank]}; set the same names on every rank",
                     subject=name,
                 )
 
 
-def _compare(coordinator: Coordinator, loads: Mapping[str, LoadRequest]) -> None:
+def _compare_digests(coordinator: Coordinator, requests: Mapping[str, LoadRequest]) -> None:
     digests: dict[str, Digests] = {}
 
-    def digest() -> dict[str, int]:
+    def compute() -> dict[str, int]:
         digests.update(
-            (name, tensor_digests(load.obj)) for name, load in loads.items() if not load.options.rank_specific
+            (name, tensor_digests(request.obj))
+            for name, request in requests.items()
+            if not request.options.rank_specific
         )
-        return {name: total(said) for name, said in digests.items()}
+        return {name: combine_digests(by_tensor) for name, by_tensor in digests.items()}
 
-    def explain(said: Mapping[int, Mapping[str, Digests]]) -> None:
-        name = next(name for digests in said.values() for name in digests)
-        raise explain_difference(
-            name, {rank: told[name] for rank, told in said.items() if name in told}, coordinator.names
-        )
+    def explain(by_rank: Mapping[int, Mapping[str, Digests]]) -> None:
+        name = next(name for by_name in by_rank.values() for name in by_name)
+        digests_by_rank = {rank: by_name[name] for rank, by_name in by_rank.items() if name in by_name}
+        raise difference_error(name, digests_by_rank, coordinator.job_ranks)
 
-    names = coordinator.round("verify", digest, different)
+    names = coordinator.run_phase("verify", compute, find_differing)
     if names:
-        # Names of tensors, of one loadable: only now, since 512 ranks would send megabytes each time.
-        coordinator.round("verify", lambda: {name: digests[name] for name in names[:1] if name in digests}, explain)
+        # Ranks send the digest of each tensor only now, and only for one loadable: 512 ranks send megabytes each time.
+        coordinator.run_phase("verify", lambda: {name: digests[name] for name in names[:1] if name in digests}, explain)

@@ -1,4 +1,4 @@
-"""Which names a pickle would import, found without running any of it."""
+"""Find the names that a pickle would import, without running any of it."""
 
 from __future__ import annotations
 
@@ -17,60 +17,63 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-# A legacy torch file is five pickles (magic number, protocol, system, the object, keys of storages), then raw storages.
+# A legacy torch file is five pickles (magic number, protocol, system, the object, storage keys), then raw storages.
 LEGACY_PICKLES = 5
-# Ways to run a command; nothing that is only data has a use for them. torch never lets the first four pass.
-_HOSTILE_MODULES = frozenset({"os", "posix", "nt", "sys", "subprocess", "pty", "runpy", "shutil", "socket"})
-_HOSTILE_BUILTINS = frozenset({"eval", "exec", "compile", "open", "__import__", "getattr", "breakpoint"})
-_SHOWN = 10
+# These can run a command, and data never needs them. torch itself never allows the first four modules.
+_DANGEROUS_MODULES = frozenset({"os", "posix", "nt", "sys", "subprocess", "pty", "runpy", "shutil", "socket"})
+_DANGEROUS_BUILTINS = frozenset({"eval", "exec", "compile", "open", "__import__", "getattr", "breakpoint"})
+_MAX_NAMES_SHOWN = 10
 
 
 def unsafe_globals(stream: IO[bytes], pickles: int = 1) -> list[str]:
-    """Name what the pickles in `stream` import beyond what torch allows.
+    """Return the names that the pickles in `stream` import beyond those that torch allows.
 
     Parameters
     ----------
     stream
-        Where the first pickle starts.
+        Positioned at the first pickle.
     pickles
-        How many follow each other.
+        The number of pickles that follow each other.
 
     Returns
     -------
     list[str]
-        ``module.name`` each, sorted, without what `torch.serialization.add_safe_globals` has allowed. Where a pickle
-        is damaged, what was found up to there.
+        ``module.name`` each, sorted, without the names that `torch.serialization.add_safe_globals` has allowed. If a
+        pickle is damaged: the names before the damage.
     """
     found: set[tuple[str, str]] = set()
     try:
         for _ in range(pickles):
-            found.update(_globals_of_one(stream))
-    except Exception:  # noqa: BLE001, S110 - pickletools fails on damaged input in every way there is; keep what it saw
+            found.update(_globals_of_pickle(stream))
+    except Exception:  # noqa: BLE001, S110 - pickletools raises any class on damaged input; keep the names found so far
         pass
     plain = {(module, name) for module, name in found if _is_dotted(module) and _is_dotted(name)}
     odd = {f"{module}.{name}" for module, name in found - plain}
-    return sorted({*_not_allowed(plain), *odd})
+    return sorted({*_not_allowed_by_torch(plain), *odd})
 
 
-def explain(path: Path, wanted: list[str]) -> str:
-    """Say why `path`, whose pickle imports `wanted`, is refused, and how to allow exactly that."""
-    shown = ", ".join(wanted[:_SHOWN]) + (f" and {len(wanted) - _SHOWN} more" if len(wanted) > _SHOWN else "")
+def refusal_text(path: Path, names: list[str]) -> str:
+    """Return the error text for a file whose pickle imports `names`; it says how to allow exactly these names."""
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    if len(names) > _MAX_NAMES_SHOWN:
+        shown += f" and {len(names) - _MAX_NAMES_SHOWN} more"
     refused = (
-        f"{path} is refused, and nothing of it was run: its pickle wants {shown}, more than tensors and containers."
+        f"refused to load {path}: its pickle imports {shown}, and only tensors and containers are allowed. "
+        "Nothing from the file was run."
     )
-    hostile = [name for name in wanted if _is_hostile(name)]
-    if hostile:
-        return f"{refused} Weights have no use for {', '.join(hostile)}, which can run anything: do not load this file."
+    dangerous = [name for name in names if _is_dangerous(name)]
+    if dangerous:
+        return f"{refused} Weights never need {', '.join(dangerous)}, which can run any command: do not load this file."
     return (
-        f"{refused} If you trust the file and know what these are, allow exactly them on every rank: "
-        f"`LoadOptions(allow_globals={wanted[:_SHOWN]})` for this loadable, "
-        f"or `WEIGHTFERRY_ALLOW_GLOBALS={','.join(wanted[:_SHOWN])}`."
+        f"{refused} If you trust the file and know these names, allow exactly them on every rank: "
+        f"`LoadOptions(allow_globals={names[:_MAX_NAMES_SHOWN]})` for this loadable, "
+        f"or `WEIGHTFERRY_ALLOW_GLOBALS={','.join(names[:_MAX_NAMES_SHOWN])}`."
     )
 
 
 @contextlib.contextmanager
-def allowed(names: Collection[str]) -> Iterator[None]:
-    """Let torch's safe reading accept exactly these beside tensors and containers, until this context is left.
+def allow_globals_in_torch(names: Collection[str]) -> Iterator[None]:
+    """Within this context, let torch's safe unpickler accept these names in addition to tensors and containers.
 
     Parameters
     ----------
@@ -80,7 +83,7 @@ def allowed(names: Collection[str]) -> Iterator[None]:
     Raises
     ------
     LoadError
-        There is no such thing, or it is one that could run anything.
+        A name cannot be imported, or can run any command.
     """
     found = [_import(name) for name in names]
     with torch.serialization.safe_globals(found) if found else contextlib.nullcontext():
@@ -88,8 +91,10 @@ def allowed(names: Collection[str]) -> Iterator[None]:
 
 
 def _import(name: str) -> Any:
-    if _is_hostile(name):
-        raise LoadError(f"allow_globals: {name} can run anything; it is never allowed", subject=name)
+    if _is_dangerous(name):
+        raise LoadError(
+            f"allow_globals: {name} can run any command and is never allowed; remove it from the list", subject=name
+        )
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -100,11 +105,13 @@ def _import(name: str) -> Any:
             for part in parts[cut:]:
                 found = getattr(found, part)
             return found
-    raise LoadError(f"allow_globals: there is no {name} to import here", subject=name)
+    raise LoadError(
+        f"allow_globals: cannot import {name}; install its package, or correct the name (module.name)", subject=name
+    )
 
 
-def _globals_of_one(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield (module, name) of each import of one pickle; the stream then stands behind its STOP."""
+def _globals_of_pickle(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) of each import of one pickle; the stream is then at the byte after its STOP opcode."""
     strings: list[str] = []
     memo: dict[int, str] = {}
     for opcode, argument, _ in pickletools.genops(stream):
@@ -112,7 +119,7 @@ def _globals_of_one(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
             module, _, name = str(argument).partition(" ")
             yield module, name
         elif opcode.name == "STACK_GLOBAL":
-            # Its module and name are the last two strings pushed; what else could stand there is not written by pickle.
+            # pickle always pushes the module and the name as the last two strings.
             module, name = ["?", "?", *strings][-2:]
             yield module, name
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
@@ -125,11 +132,11 @@ def _globals_of_one(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
             strings.append(argument)
 
 
-def _not_allowed(found: set[tuple[str, str]]) -> list[str]:
-    """Ask torch which of these it does not allow.
+def _not_allowed_by_torch(found: set[tuple[str, str]]) -> list[str]:
+    """Ask torch which of these names it does not allow.
 
-    torch answers this for zip files only, and its list of allowed names is private. So a zip with a pickle that does
-    nothing but name them is made in memory; torch disassembles it and does not run it either.
+    torch answers this only for zip files, and its list of allowed names is private. So this function makes a zip in
+    memory with a pickle that only names them. torch disassembles this pickle and does not run it.
     """
     names = "".join(f"c{module}\n{name}\n" for module, name in sorted(found))
     archive = io.BytesIO()
@@ -144,6 +151,6 @@ def _is_dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def _is_hostile(name: str) -> bool:
+def _is_dangerous(name: str) -> bool:
     module, _, attribute = name.partition(".")
-    return module in _HOSTILE_MODULES or (module in ("builtins", "__builtin__") and attribute in _HOSTILE_BUILTINS)
+    return module in _DANGEROUS_MODULES or (module in ("builtins", "__builtin__") and attribute in _DANGEROUS_BUILTINS)

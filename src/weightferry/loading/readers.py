@@ -1,4 +1,4 @@
-"""From a file to the state it holds, on the CPU and without running anything: torch's formats and safetensors."""
+"""Read the state in a file to the CPU, without running code from the file: torch's formats and safetensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 
 from weightferry.errors import CollectError, LoadError, UnsafeFile
-from weightferry.loading.formats import Format, tell_format
-from weightferry.loading.pickles import LEGACY_PICKLES, allowed, explain, unsafe_globals
-from weightferry.loading.weight_files import beside, weight_map, weights_in
+from weightferry.loading.formats import Format, detect_format
+from weightferry.loading.pickles import LEGACY_PICKLES, allow_globals_in_torch, refusal_text, unsafe_globals
+from weightferry.loading.weight_files import find_weights, read_weight_map, shard_folder
 
 if TYPE_CHECKING:
     import os
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What safetensors itself accepts (MAX_HEADER_SIZE in its tensor.rs).
+# The limit of safetensors itself (MAX_HEADER_SIZE in its tensor.rs).
 _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_state(path: str | os.PathLike[str], *, mapped: bool = True, allow_globals: Collection[str] = ()) -> Any:
-    """Read what `torch.save` or safetensors wrote, without running code from it.
+    """Return the state that `torch.save` or safetensors wrote to a file, without running code from the file.
 
     Parameters
     ----------
     path
-        The file; its name does not matter. Or an index of shards, which lie beside it, or a folder that holds one of
-        these.
+        The file; its name does not matter. Or an index of shards, with the shards in its folder, or a folder that holds
+        one of these.
     mapped
-        Whether tensors may be views of the mapped file: nothing is read before it is used, and no second copy is
-        held. The map is private, writing to a tensor never reaches the file. Without it tensors own their memory;
-        ask for that when they are kept. Old torch files are never mapped.
+        Whether tensors may be views of the mapped file: bytes are read when they are used, and there is no second copy
+        in memory. The mapping is private: writing to a tensor does not change the file. If False, tensors own their
+        memory; use this for tensors that you keep. Old torch files are never mapped.
     allow_globals
-        ``module.name`` of what a pickle may use beyond tensors and plain containers. These modules are imported.
+        ``module.name`` of each name that a pickle may import beyond tensors and plain containers. These modules are
+        imported.
 
     Returns
     -------
@@ -54,74 +55,75 @@ def read_state(path: str | os.PathLike[str], *, mapped: bool = True, allow_globa
     Raises
     ------
     UnsafeFile
-        The pickle wants more than tensors and plain containers. No switch turns this check off.
+        The pickle needs more than tensors and plain containers. This check cannot be switched off.
     LoadError
-        The file cannot be read, is truncated or damaged, or holds something else.
+        The file cannot be read, is truncated or damaged, or has another format.
     """
     try:
-        with allowed(allow_globals):
+        with allow_globals_in_torch(allow_globals):
             return _read(Path(path), mapped)
     except CollectError:
         raise
     except OSError as error:
-        where = error.filename or path
-        raise LoadError(f"cannot read {where}: {error.strerror or error}", subject=str(where)) from error
+        file = error.filename or path
+        raise LoadError(f"cannot read {file}: {error.strerror or error}", subject=str(file)) from error
 
 
 def _read(path: Path, mapped: bool) -> Any:
     if path.is_dir():
-        return _read(weights_in(path), mapped)
-    kind = tell_format(path)
-    if kind is Format.INDEX:
+        return _read(find_weights(path), mapped)
+    file_format = detect_format(path)
+    if file_format is Format.INDEX:
         return _read_shards(path, mapped)
     try:
-        return _READERS[kind](path, mapped)
+        return _READERS[file_format](path, mapped)
     except (CollectError, OSError):
         raise
-    except Exception as error:  # noqa: BLE001 - what torch raises on damaged input is of any class
-        cause = _without_advice(error)
-        text = f"{path} could not be read, it is truncated or damaged: {_first_line(cause)}"
+    except Exception as error:  # noqa: BLE001 - torch raises exceptions of any class on damaged input
+        cause = _first_error(error)
+        text = f"cannot read {path}: it is truncated or damaged ({_first_line(cause)}). Download it again"
         raise LoadError(text, subject=str(path)) from cause
 
 
 def _read_shards(index: Path, mapped: bool) -> dict[str, Any]:
-    """Join the shards of an index: views of mapped files, which are read where they are used."""
-    named = weight_map(index)
-    folder = beside(index, next(iter(named.values())))
+    """Return the tensors of all shards of an index; if `mapped`, they are views of the mapped shards."""
+    weight_map = read_weight_map(index)
+    folder = shard_folder(index, next(iter(weight_map.values())))
     state: dict[str, Any] = {}
-    for shard in dict.fromkeys(named.values()):
-        part = _read(folder / shard, mapped)
-        if not isinstance(part, Mapping):
-            raise LoadError(f"{folder / shard} holds a {type(part).__name__}, no tensors", subject=str(folder / shard))
-        wanted = [key for key, where in named.items() if where == shard]
-        absent = [key for key in wanted if key not in part]
+    for name in dict.fromkeys(weight_map.values()):
+        shard = folder / name
+        content = _read(shard, mapped)
+        if not isinstance(content, Mapping):
+            raise LoadError(f"{shard} holds a {type(content).__name__}, not a mapping of tensors", subject=str(shard))
+        keys = [key for key, where in weight_map.items() if where == name]
+        absent = [key for key in keys if key not in content]
         if absent:
             raise LoadError(
-                f"{folder / shard} lacks {len(absent)} of the {len(wanted)} tensors that {index.name} says are in it: "
-                f"{', '.join(absent[:5])}",
-                subject=str(folder / shard),
+                f"{shard} lacks {len(absent)} of the {len(keys)} tensors that {index.name} says are in it: "
+                f"{', '.join(absent[:5])}. Download the index and its shards again from one revision",
+                subject=str(shard),
             )
-        state.update((key, part[key]) for key in wanted)
-    return {key: state[key] for key in named}
+        state.update((key, content[key]) for key in keys)
+    return {key: state[key] for key in weight_map}
 
 
 def _read_torch_zip(path: Path, mapped: bool) -> Any:
-    data = _check_zip(path)
+    pickle_name = _check_zip(path)
     try:
-        # torch takes a file named .safetensors for one unread; only an open file is judged by its content.
+        # For a path that ends in .safetensors, torch assumes that format. For an open file it checks the content.
         if mapped and path.suffix != ".safetensors":
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception:
         with zipfile.ZipFile(path) as archive:
-            _refuse_if_unsafe(path, unsafe_globals(io.BytesIO(archive.read(data))))
+            _refuse_if_unsafe(path, unsafe_globals(io.BytesIO(archive.read(pickle_name))))
         raise
 
 
 def _read_torch_legacy(path: Path, mapped: bool) -> Any:
     if mapped:
-        _say_once(path)
+        _log_unmapped_once(path)
     with path.open("rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
@@ -132,17 +134,18 @@ def _read_torch_legacy(path: Path, mapped: bool) -> Any:
 
 
 @cache
-def _say_once(path: Path) -> None:
+def _log_unmapped_once(path: Path) -> None:
     logger.info(
-        "%s is in torch's old format, which cannot be mapped: each rank holds a second copy while it loads", path
+        "%s has torch's old format, which cannot be mapped: each rank needs memory for a second copy while it loads",
+        path,
     )
 
 
 def _refuse_tar(path: Path, mapped: bool) -> NoReturn:
     del mapped
     raise UnsafeFile(
-        f"{path} is a tar archive. If it bundles other files, unpack it first; if torch before 0.1.10 saved it, it can "
-        "only be read by running its pickle, which is refused: convert it once, where that does no harm.",
+        f"refused to load {path}: it is a tar archive. If it contains other files, unpack it first. If torch before "
+        "0.1.10 saved it, reading it runs its pickle: convert it once with torch.save, where this is safe.",
         subject=str(path),
     )
 
@@ -152,8 +155,8 @@ def _refuse_pickle(path: Path, mapped: bool) -> NoReturn:
     with path.open("rb") as file:
         _refuse_if_unsafe(path, unsafe_globals(file))
     raise LoadError(
-        f"{path} is a pickle that torch.save did not write; save a mapping of tensors with torch.save or safetensors, "
-        "or give a custom hook that reads it",
+        f"cannot load {path}: it is a pickle that torch.save did not write. Save a mapping of tensors with torch.save "
+        "or safetensors, or give a custom hook that reads the file",
         subject=str(path),
     )
 
@@ -174,47 +177,54 @@ _READERS: dict[Format, Callable[[Path, bool], Any]] = {
 
 
 def _check_zip(path: Path) -> str:
-    """Check a zip's directory before torch allocates by it; return the name of the pickle in it."""
+    """Check the directory of a zip, before torch allocates memory for it; return the name of the pickle in it."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    # torch puts everything into one folder, named like the file at the time.
+    # torch puts all entries into one folder. Its name is that of the file when it was saved.
     names = {entry.filename.partition("/")[2]: entry.filename for entry in entries}
     if "data.pkl" not in names:
         shown = ", ".join(entry.filename for entry in entries[:3])
-        raise LoadError(f"{path} is a zip archive, but not of torch.save; it holds {shown}", subject=str(path))
-    if "constants.pkl" in names:
         raise LoadError(
-            f"{path} is a TorchScript archive, which holds code; open it with torch.jit.load where that does no harm, "
-            "and save its state_dict() with torch.save",
+            f"cannot load {path}: it is a zip archive that torch.save did not write; it contains {shown}",
             subject=str(path),
         )
-    # torch.save never compresses. A compressed entry cannot be mapped, and may be a bomb.
+    if "constants.pkl" in names:
+        raise LoadError(
+            f"cannot load {path}: it is a TorchScript archive, which contains code. Open it with torch.jit.load on a "
+            "machine where this is safe, and save its state_dict() with torch.save",
+            subject=str(path),
+        )
+    # torch.save never compresses. A compressed entry cannot be mapped, and may expand to any size (a zip bomb).
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise LoadError(
-            f"{path} was packed again, with compression; save it once more with torch.save", subject=str(path)
+            f"cannot load {path}: its zip entries have compression, which torch.save never uses. Save the state again "
+            "with torch.save",
+            subject=str(path),
         )
     _check_fits(path, 0, sum(entry.file_size for entry in entries))
     return names["data.pkl"]
 
 
 def _check_header(path: Path) -> None:
-    """Check a safetensors header before anything is allocated by it."""
+    """Check a safetensors header, before memory is allocated for it."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MAX_HEADER_BYTES:
             raise LoadError(
-                f"{path} is damaged, or no safetensors file: its header claims {length} bytes", subject=str(path)
+                f"{path} is damaged, or is not a safetensors file: its header claims {length} bytes, the limit is "
+                f"{_MAX_HEADER_BYTES}",
+                subject=str(path),
             )
         _check_fits(path, 8, length)
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise LoadError(f"{path} is damaged: its header is no JSON object", subject=str(path))
+        raise LoadError(f"{path} is damaged: its header is not a JSON object", subject=str(path))
     spans = sorted((_span(entry), name) for name, entry in header.items() if name != "__metadata__")
-    end, before = 0, ""
+    end, previous = 0, ""
     for (start, stop), name in spans:
         if not end <= start <= stop:
-            raise LoadError(f"{path} is damaged: {name!r} overlaps {before!r} in its header", subject=str(path))
-        end, before = stop, name
+            raise LoadError(f"{path} is damaged: {name!r} overlaps {previous!r} in its header", subject=str(path))
+        end, previous = stop, name
     _check_fits(path, 8 + length, end)
 
 
@@ -226,17 +236,20 @@ def _span(entry: Any) -> tuple[int, int]:
 def _check_fits(path: Path, start: int, length: int) -> None:
     size = path.stat().st_size
     if start + length > size:
-        raise LoadError(f"{path} is truncated: it promises {start + length} bytes and has {size}", subject=str(path))
+        raise LoadError(
+            f"{path} is truncated: its header promises {start + length} bytes, the file has {size}. Download it again",
+            subject=str(path),
+        )
 
 
-def _refuse_if_unsafe(path: Path, wanted: list[str]) -> None:
-    if wanted:
-        # Without the cause: torch's own text advises to switch the check off.
-        raise UnsafeFile(explain(path, wanted), subject=str(path)) from None
+def _refuse_if_unsafe(path: Path, names: list[str]) -> None:
+    if names:
+        # `from None`: the text of torch's error recommends to switch the check off.
+        raise UnsafeFile(refusal_text(path, names), subject=str(path)) from None
 
 
-def _without_advice(error: Exception) -> BaseException:
-    """Return the first error in place of torch's retelling, which advises to switch the safety check off."""
+def _first_error(error: Exception) -> BaseException:
+    """Return the original error. torch replaces it by one whose text recommends to switch the safety check off."""
     if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
         return error.__context__
     return error

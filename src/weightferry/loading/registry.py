@@ -1,7 +1,7 @@
-"""Which hook loads which type, with SpeechBrain's interface and meaning.
+"""Registry of hooks: which function loads which type, with the interface and behaviour of SpeechBrain.
 
-Hooks are plain functions in plain dicts; whoever wants another one for a type puts it there. A transfer hook is called
-as ``hook(obj, path)``, a load hook as ``hook(obj, path, end_of_epoch)``.
+Hooks are plain functions in plain dicts: add an entry to a dict to register a hook for a type. A transfer hook is
+called as ``hook(obj, path)``, a load hook as ``hook(obj, path, end_of_epoch)``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Hook = Callable[..., Any]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
 
-# The attributes by which SpeechBrain marks methods: a class marked with one's decorators works with the other.
+# SpeechBrain marks methods with these attributes. So a class with the decorators of one package works with the other.
 LOADER_MARK = "_speechbrain_loader"
 TRANSFER_MARK = "_speechbrain_transfer"
 
@@ -53,19 +53,19 @@ else:
 
 
 def get_default_hook(obj: object, default_hooks: dict[type, Hook]) -> Hook | None:
-    """Return the hook of the nearest class in the method resolution order of `obj`, None if no class has one."""
+    """Return the hook of the first class in the method resolution order of `obj` that has one, else None."""
     return next((default_hooks[cls] for cls in type(obj).__mro__ if cls in default_hooks), None)
 
 
 def mark_as_loader(method: _Method) -> _Method:
-    """Mark a method as the one that loads its class, called as ``method(self, path, end_of_epoch)``.
+    """Mark a method as the load hook of its class, called as ``method(self, path, end_of_epoch)``.
 
     The class needs `register_checkpoint_hooks`.
 
     Raises
     ------
     TypeError
-        The method cannot be called so.
+        The method does not accept these arguments.
     """
     _check_signature(method, "loader", "(self, path, end_of_epoch)", (object(), Path("path"), True))
     setattr(method, LOADER_MARK, True)
@@ -73,14 +73,14 @@ def mark_as_loader(method: _Method) -> _Method:
 
 
 def mark_as_transfer(method: _Method) -> _Method:
-    """Mark a method as the one that transfers parameters into its class, called as ``method(self, path)``.
+    """Mark a method as the transfer hook of its class, called as ``method(self, path)``.
 
-    The class needs `register_checkpoint_hooks`. A transfer hook is preferred to a loader.
+    The class needs `register_checkpoint_hooks`. A transfer hook takes precedence over a load hook.
 
     Raises
     ------
     TypeError
-        The method cannot be called so.
+        The method does not accept these arguments.
     """
     _check_signature(method, "transfer hook", "(self, path)", (object(), Path("path")))
     setattr(method, TRANSFER_MARK, True)
@@ -93,9 +93,9 @@ def register_checkpoint_hooks(cls: _Class, save_on_main_only: bool = True) -> _C
     Parameters
     ----------
     cls
-        The class; methods that it inherits do not count.
+        The class. Methods that it inherits are not registered.
     save_on_main_only
-        Taken since SpeechBrain's decorator has it, and not used: nothing is saved here.
+        Accepted because SpeechBrain's decorator has it. It has no effect: this package saves nothing.
 
     Returns
     -------
@@ -111,47 +111,48 @@ def register_checkpoint_hooks(cls: _Class, save_on_main_only: bool = True) -> _C
 
 
 def marked_method(cls: type, mark: str) -> Hook | None:
-    """Return the last method that `cls` itself defines and that carries `mark`, None without one."""
+    """Return the last method that `cls` itself defines and that has `mark`, else None."""
     found = None
     for method in vars(cls).values():
-        # Not only "has the attribute": there are objects that have every attribute.
+        # The value of the mark must be True: some objects (mocks) have every attribute.
         if callable(method) and getattr(method, mark, None) is True:
             found = method
     return found
 
 
 def find_hook(obj: object, hooks: dict[type, Hook], mark: str) -> Hook | None:
-    """Return the hook of the nearest class of `obj` that is in `hooks`, or has a method with `mark`.
+    """Return the hook of the first class in the method resolution order of `obj` that has one, else None.
 
-    The mark alone counts, too: a class that SpeechBrain's decorator has registered shows nothing else. What was put
-    into SpeechBrain's own table by hand counts for its class, but for those of torch, which both know.
+    A class has a hook if it is in `hooks`, or defines a method with `mark`, or is in SpeechBrain's own table. The mark
+    alone is enough: a class with SpeechBrain's decorator is not in `hooks`. Entries of SpeechBrain's table for torch's
+    classes have no effect, since `hooks` has these classes too.
     """
-    theirs = _speechbrains(mark)
+    speechbrain_hooks = _speechbrain_hooks(mark)
     for cls in type(obj).__mro__:
-        hook = hooks.get(cls) or marked_method(cls, mark) or theirs.get(cls)
+        hook = hooks.get(cls) or marked_method(cls, mark) or speechbrain_hooks.get(cls)
         if hook is not None:
             return hook
     return None
 
 
-def fallback(obj: object) -> Hook | None:
-    """Return what loads an object of a class that nobody has registered: a tokenizer, or what takes a state dict."""
-    # Not imported for it: whoever has such an object has imported it.
+def fallback_hook(obj: object) -> Hook | None:
+    """Return the hook for an object of an unregistered class: a tokenizer, or an object with ``load_state_dict``."""
+    # Do not import tokenizers: a process with a Tokenizer object has already imported it.
     tokenizers = sys.modules.get("tokenizers")
     if tokenizers is not None and isinstance(obj, tokenizers.Tokenizer):
         return load_tokenizer
     return transfer_state if callable(getattr(type(obj), "load_state_dict", None)) else None
 
 
-def _speechbrains(mark: str) -> dict[type, Hook]:
+def _speechbrain_hooks(mark: str) -> dict[type, Hook]:
     module = sys.modules.get("speechbrain.utils.checkpoints")
     name = "DEFAULT_TRANSFER_HOOKS" if mark == TRANSFER_MARK else "DEFAULT_LOAD_HOOKS"
     hooks: dict[type, Hook] = getattr(module, name, {})
     return hooks
 
 
-def _check_signature(method: Hook, what: str, signature: str, arguments: tuple[object, ...]) -> None:
+def _check_signature(method: Hook, role: str, signature: str, arguments: tuple[object, ...]) -> None:
     try:
         inspect.signature(method).bind(*arguments)
     except TypeError as error:
-        raise TypeError(f"a {what} must have the signature {signature}: {error}") from error
+        raise TypeError(f"a {role} must have the signature {signature}: {error}") from error

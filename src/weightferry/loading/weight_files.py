@@ -1,4 +1,4 @@
-"""Weights in several files: the index that names them, where they lie, and which file of a folder holds the weights."""
+"""Find the files that hold weights: the weights file of a folder, and the shards that an index names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from weightferry.errors import LoadError, redact
-from weightferry.loading.formats import Format, tell_format
-from weightferry.origins.shard_index import LARGEST, MALFORMED
-from weightferry.origins.shard_index import weight_map as parse
+from weightferry.loading.formats import Format, detect_format
+from weightferry.origins.shard_index import MALFORMED_ERRORS, MAX_INDEX_SIZE
+from weightferry.origins.shard_index import weight_map as parse_weight_map
 
-_MOST_LINKS = 40  # as Linux follows
-# In a folder the first of these that names exactly one file is taken, as transformers does it.
-_PREFERRED = (
+_MAX_LINKS = 40  # symbolic links that Linux follows for one path
+# The first pattern with exactly one match in a folder gives its weights, as in transformers.
+_PREFERRED_PATTERNS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "*.safetensors.index.json",
@@ -27,84 +27,92 @@ _PREFERRED = (
 )
 
 
-def files_behind(path: Path) -> list[Path]:
-    """Return the files that hold the weights of a loadable: itself, or what its index or folder means.
+def list_weight_files(path: Path) -> list[Path]:
+    """Return the files that hold the weights of a loadable: the file itself, or the files of its index or folder.
 
-    What cannot be told is left to whoever reads it.
+    Returns nothing if these files cannot be found; the reader of `path` then raises the error.
     """
     try:
-        path = weights_in(path) if path.is_dir() else path
-        if tell_format(path) is not Format.INDEX:
+        path = find_weights(path) if path.is_dir() else path
+        if detect_format(path) is not Format.INDEX:
             return [path]
-        named = dict.fromkeys(weight_map(path).values())
-        folder = beside(path, next(iter(named)))
-        return [folder / name for name in named if (folder / name).is_file()]
+        shards = dict.fromkeys(read_weight_map(path).values())
+        folder = shard_folder(path, next(iter(shards)))
+        return [folder / shard for shard in shards if (folder / shard).is_file()]
     except (LoadError, OSError):
         return []
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """Read which file holds which tensor.
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return, by the name of a tensor, the name of the shard that holds it.
 
     Raises
     ------
     LoadError
-        It is no index, or names files outside of its folder.
+        `index` is not an index of shards, or names files outside of its folder.
     """
     subject = str(index)
-    if index.stat().st_size > LARGEST:
-        raise LoadError(f"{index} is too large for an index of shards", subject=subject)
+    if index.stat().st_size > MAX_INDEX_SIZE:
+        raise LoadError(
+            f"{index} is too large for an index of shards: more than {MAX_INDEX_SIZE} bytes", subject=subject
+        )
     try:
-        shards = parse(index.read_bytes())
-    except MALFORMED as error:
+        shards = parse_weight_map(index.read_bytes())
+    except MALFORMED_ERRORS as error:
         text = redact(f"{type(error).__name__}: {error}"[:200])
-        raise LoadError(f"{index} is no index of shards, or is damaged ({text})", subject=subject) from error
+        raise LoadError(f"{index} is not an index of shards, or is damaged ({text})", subject=subject) from error
     if not shards:
-        raise LoadError(f"{index} names no tensors", subject=subject)
+        raise LoadError(f"{index} names no tensors; download it again", subject=subject)
     return shards
 
 
-def beside(index: Path, shard: str) -> Path:
-    """Return the folder in which the shards of an index lie.
+def shard_folder(index: Path, shard: str) -> Path:
+    """Return the folder that holds the shards of an index.
 
-    The index may be a link, in a cache one link behind another: of the folders on the way, the one with the shards.
+    The index may be a symbolic link, and in a cache a link to another link. The result is the first folder on this way
+    that contains `shard`.
 
     Raises
     ------
     LoadError
-        None has them.
+        None of these folders contains `shard`.
     """
-    path, seen = index.absolute(), []
-    for _ in range(_MOST_LINKS):
+    path, searched = index.absolute(), []
+    for _ in range(_MAX_LINKS):
         if (path.parent / shard).exists():
             return path.parent
-        seen.append(str(path.parent))
+        searched.append(str(path.parent))
         if not path.is_symlink():
             break
         path = Path(os.path.normpath(path.parent / path.readlink()))
     raise LoadError(
-        f"{index} names the shard {shard}, which is not beside it; looked in {', '.join(dict.fromkeys(seen))}",
+        f"{index} names the shard {shard}, which does not exist beside it; searched in "
+        f"{', '.join(dict.fromkeys(searched))}. Copy or download all shards of the index into its folder",
         subject=str(index),
     )
 
 
-def weights_in(folder: Path) -> Path:
-    """Return the file of a folder that holds its weights, or the index of them.
+def find_weights(folder: Path) -> Path:
+    """Return the file in a folder that holds the weights, or their index.
 
     Raises
     ------
     LoadError
-        There is none, or it cannot be told which of several.
+        The folder holds no weights, or several files that may be the weights.
     """
-    for pattern in _PREFERRED:
+    for pattern in _PREFERRED_PATTERNS:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found[:5])
             raise LoadError(
-                f"{folder} holds {len(found)} files that may be the weights ({names}); name the one that is meant",
+                f"{folder} holds {len(found)} files that may be the weights ({names}); "
+                "give the path of one file instead of the folder",
                 subject=str(folder),
             )
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    raise LoadError(f"{folder} holds no weights: there is {there}", subject=str(folder))
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise LoadError(
+        f"{folder} holds no weights: it contains {content}. Give a folder with a weights file, or the path of the file",
+        subject=str(folder),
+    )

@@ -1,8 +1,8 @@
-"""Over a hundred files that must not be loaded, and a program that tries all of them.
+"""More than a hundred malformed files, and a program that tries to load each of them.
 
     python -m tests.unit.loading.malformed FOLDER
 
-It prints one line of JSON: what went wrong, by name of the file, and by how many bytes memory grew.
+It prints one line of JSON: the files that were not refused as expected, and by how many bytes memory grew.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDTH = 64
 
 
 class RunsCommand:
-    """Touches a file when it is unpickled."""
+    """Runs a command that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -42,30 +42,30 @@ class RunsCommand:
 
 
 def network() -> nn.Module:
-    """What is loaded into."""
+    """Return the module to load into."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4))
 
 
 def torch_zip(state: Any, **options: Any) -> bytes:
-    """Save as torch does."""
+    """Return what torch.save writes."""
     buffer = io.BytesIO()
     torch.save(state, buffer, **options)
     return buffer.getvalue()
 
 
 def header(entries: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """Make a safetensors file with any header."""
+    """Return a safetensors file with any header."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def entry(start: Any, stop: Any, shape: Any = (1,), dtype: Any = "F32") -> dict[str, Any]:
-    """Make one entry of a header."""
+    """Return one entry of a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 def repacked(content: bytes, change: Any, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Pack a zip again, each entry changed by ``change(name, bytes)``."""
+    """Return a zip in which ``change(name, bytes)`` has changed each entry."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
         for info in old.infolist():
@@ -74,7 +74,7 @@ def repacked(content: bytes, change: Any, compression: int = zipfile.ZIP_STORED)
 
 
 def tar(content: bytes = b"x") -> bytes:
-    """Pack one file into a tar."""
+    """Return a tar archive with one file."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         info = tarfile.TarInfo("pickle")
@@ -84,12 +84,12 @@ def tar(content: bytes = b"x") -> bytes:
 
 
 def deep(levels: int) -> bytes:
-    """Pickle lists inside of lists, by hand: pickle itself would recurse."""
+    """Return a pickle of nested lists, made by hand: pickle itself would recurse."""
     return b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b"."
 
 
 def files(marker: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield all of them, by name."""
+    """Yield (name, content) of each malformed file."""
     state = dict(network().state_dict())
     forms = {"zip": torch_zip(state), "old": torch_zip(state, _use_new_zipfile_serialization=False), "st": save(state)}
     for form, content in forms.items():
@@ -179,13 +179,13 @@ def _states(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, bytes]]:
 
 
 def memory(name: str) -> int:
-    """Bytes, from ``/proc/self/status``."""
+    """Return a value of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def main() -> None:
-    """Try all."""
+    """Write all files, try to load each, and print the result."""
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
     marker, paths, wrong = folder / "marker", [], {}
@@ -205,7 +205,7 @@ def main() -> None:
                 wrong[path.name] = "was loaded"
             except LoadError:
                 pass
-            except BaseException as error:  # noqa: BLE001 -- told
+            except BaseException as error:  # noqa: BLE001 -- reported
                 wrong[path.name] = f"{type(error).__name__}: {error}"[:200]
             if not all(map(torch.equal, kept, module.parameters())):
                 wrong[path.name] = "a parameter was touched"

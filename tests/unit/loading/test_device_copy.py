@@ -1,4 +1,4 @@
-"""Onto a device through two buffers: every byte in its place, and no buffer filled again before it was read."""
+"""Copies to a device through two buffers: every byte arrives, and no buffer is filled again before it was read."""
 
 from __future__ import annotations
 
@@ -9,58 +9,58 @@ import pytest
 import torch
 from torch import nn
 
-from weightferry.loading.device_copy import may_be_placed, place
+from weightferry.loading.device_copy import can_copy_directly, copy_to_device
 from weightferry.loading.hooks import load_module
 from weightferry.loading.options import LoadOptions
 
 
-class SlowGate:
-    """Copies only when it is waited for, as a device that lags behind: too early a fill would show."""
+class SlowCopier:
+    """Copies only when it is waited for, like a slow device: a buffer that is filled too early fails the test."""
 
     def __init__(self) -> None:
-        self.sent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.most = 0
+        self.pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.max_pending = 0
 
-    def buffer(self, size: int) -> torch.Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def await_free(self, turn: int) -> None:
-        if turn in self.sent:
-            content, to = self.sent.pop(turn)
-            to.copy_(content)
+    def wait_until_free(self, buffer_index: int) -> None:
+        if buffer_index in self.pending:
+            content, target = self.pending.pop(buffer_index)
+            target.copy_(content)
 
-    def send(self, turn: int, content: torch.Tensor, to: torch.Tensor) -> None:
-        assert turn not in self.sent
-        self.sent[turn] = (content, to)
-        self.most = max(self.most, len(self.sent))
+    def start_copy(self, buffer_index: int, content: torch.Tensor, target: torch.Tensor) -> None:
+        assert buffer_index not in self.pending
+        self.pending[buffer_index] = (content, target)
+        self.max_pending = max(self.max_pending, len(self.pending))
 
-    def finish(self) -> None:
-        for turn in list(self.sent):
-            self.await_free(turn)
+    def synchronize(self) -> None:
+        for buffer_index in list(self.pending):
+            self.wait_until_free(buffer_index)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_byte_comes(seed: int) -> None:
+def test_every_byte_arrives(seed: int) -> None:
     rng = random.Random(seed)
     dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-    theirs = []
+    sources = []
     for _ in range(rng.randrange(1, 6)):
         shape = [rng.randrange(0, 30) for _ in range(rng.randrange(0, 4))]
-        theirs.append(torch.rand(shape).mul(100).to(rng.choice(dtypes)))
-    ours = [torch.zeros_like(tensor) for tensor in theirs]
-    gate = SlowGate()
-    place(zip(theirs, ours, strict=True), gate, size=rng.choice([1, 7, 64, 4096]))
-    assert all(map(torch.equal, theirs, ours))
+        sources.append(torch.rand(shape).mul(100).to(rng.choice(dtypes)))
+    targets = [torch.zeros_like(tensor) for tensor in sources]
+    copier = SlowCopier()
+    copy_to_device(zip(sources, targets, strict=True), copier, buffer_size=rng.choice([1, 7, 64, 4096]))
+    assert all(map(torch.equal, sources, targets))
 
 
-def test_two_are_under_way() -> None:
-    gate = SlowGate()
-    place([(torch.ones(100), torch.zeros(100))], gate, size=64)
-    assert gate.most == 2
+def test_two_copies_are_pending() -> None:
+    copier = SlowCopier()
+    copy_to_device([(torch.ones(100), torch.zeros(100))], copier, buffer_size=64)
+    assert copier.max_pending == 2
 
 
-def test_what_stays_on_the_cpu_is_not_placed() -> None:
-    assert not may_be_placed(torch.ones(3), torch.ones(3))
+def test_a_target_on_the_cpu_is_not_copied_directly() -> None:
+    assert not can_copy_directly(torch.ones(3), torch.ones(3))
 
 
 @pytest.mark.parametrize("device", [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["no device"])

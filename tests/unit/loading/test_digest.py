@@ -1,4 +1,4 @@
-"""Digests of what ranks hold, and what is said when they differ."""
+"""Digests of the state of a loadable, and the error when they differ between ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from weightferry.loading.digest import different, explain_difference, tensor_digests, total
+from weightferry.loading.digest import combine_digests, difference_error, find_differing, tensor_digests
 
 
 def network() -> nn.Module:
@@ -16,7 +16,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
 
 
-def test_equal_numbers_have_equal_digests() -> None:
+def test_equal_values_have_equal_digests() -> None:
     assert tensor_digests(network()) == tensor_digests(network())
     assert set(tensor_digests(network())) == set(network().state_dict())
 
@@ -31,18 +31,18 @@ def swap(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [flip, swap, nn.Module.double])
-def test_any_difference_shows(change: Callable[[nn.Module], object]) -> None:
+def test_the_error_names_the_tensor_and_the_ranks(change: Callable[[nn.Module], object]) -> None:
     changed = network()
     change(changed)
-    mine, theirs = tensor_digests(network()), tensor_digests(changed)
-    assert total(mine) != total(theirs)
-    error = explain_difference("model", {0: mine, 1: mine, 2: theirs}, (0, 1, 2))
+    first, second = tensor_digests(network()), tensor_digests(changed)
+    assert combine_digests(first) != combine_digests(second)
+    error = difference_error("model", {0: first, 1: first, 2: second}, (0, 1, 2))
     assert "'0.weight'" in str(error)
-    assert "ranks 0-1 have" in str(error)
-    assert "ranks 2 have" in str(error)
+    assert "on ranks 0-1" in str(error)
+    assert "on rank 2" in str(error)
 
 
-def test_optimizers_count() -> None:
+def test_optimizers_are_compared() -> None:
     def stepped(rate: float) -> torch.optim.Optimizer:
         module = nn.Linear(2, 2)
         nn.init.ones_(module.weight)
@@ -55,12 +55,12 @@ def test_optimizers_count() -> None:
     assert tensor_digests(stepped(1.0)) != tensor_digests(stepped(2.0))
 
 
-def test_what_has_no_state_is_left_out() -> None:
+def test_an_object_without_a_state_has_no_digests() -> None:
     assert tensor_digests(object()) == {}
     with torch.device("meta"):
         assert set(tensor_digests(nn.Linear(2, 2))) == {"weight", "bias"}
 
 
-def test_names_are_compared_where_they_are() -> None:
-    said = {0: {"a": 1, "b": 2}, 1: {"a": 1, "b": 3}, 2: {"c": 9}}
-    assert different(said) == ("b",)
+def test_a_loadable_is_compared_between_the_ranks_that_have_it() -> None:
+    combined = {0: {"a": 1, "b": 2}, 1: {"a": 1, "b": 3}, 2: {"c": 9}}
+    assert find_differing(combined) == ("b",)

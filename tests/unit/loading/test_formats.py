@@ -11,7 +11,7 @@ import torch
 
 from tests.unit.loading.malformed import tar
 from weightferry.errors import LoadError
-from weightferry.loading.formats import Format, tell_format
+from weightferry.loading.formats import Format, detect_format
 from weightferry.loading.readers import read_state
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
@@ -35,9 +35,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_format_is_told(form: str, tmp_path: Path) -> None:
+def test_format_is_detected(form: str, tmp_path: Path) -> None:
     write(form, tmp_path / "file")
-    assert tell_format(tmp_path / "file") is FORMATS[form]
+    assert detect_format(tmp_path / "file") is FORMATS[form]
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt", "a.safetensors", "a.html", "a"])
@@ -69,9 +69,9 @@ OTHERS = {
     "json": (b'{"error": "Repository not found"}', "JSON"),
     "json, brace as ninth byte": (b'{"a1234{": 1}'.replace(b"4{", b"45{"), "JSON"),
     "json list": (b"[1, 2]", "JSON"),
-    "index": (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "which is not beside it"),
+    "index": (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "does not exist beside it"),
     "index of nothing": (b'{"weight_map": {}}', "names no tensors"),
-    "index of another kind": (b'{"weight_map": [1, 2]}', "no index of shards"),
+    "index of another kind": (b'{"weight_map": [1, 2]}', "is not an index of shards"),
     "index that climbs": (b'{"weight_map": {"a": "../../etc/passwd"}}', "must be a relative path"),
     "text": (b"404: Not Found", "'404: Not Found'"),
     "gzip": (gzip.compress(b"x"), "gzip"),
@@ -83,25 +83,25 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_state_is_named(name: str, tmp_path: Path) -> None:
-    content, said = OTHERS[name]
+def test_the_error_describes_a_file_without_weights(name: str, tmp_path: Path) -> None:
+    content, expected = OTHERS[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(LoadError) as caught:
         read_state(path)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-def test_tar_is_told(tmp_path: Path) -> None:
+def test_tar_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(tar())
-    assert tell_format(path) is Format.TORCH_TAR
+    assert detect_format(path) is Format.TORCH_TAR
 
 
 def test_a_token_in_an_error_page_is_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text('{"sent": "Bearer hf_abcdefghijklmnop"}')
     with pytest.raises(LoadError) as caught:
-        tell_format(path)
+        detect_format(path)
     assert "abcdefgh" not in str(caught.value)

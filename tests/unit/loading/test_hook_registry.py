@@ -24,7 +24,7 @@ from weightferry.loading.registry import (
 
 @pytest.fixture(autouse=True)
 def _restored_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test registries that it may write to; the dicts stay the same objects."""
+    """Restore the registries after each test; the dicts stay the same objects."""
     before = dict(DEFAULT_LOAD_HOOKS), dict(DEFAULT_TRANSFER_HOOKS)
     yield
     for hooks, content in zip((DEFAULT_LOAD_HOOKS, DEFAULT_TRANSFER_HOOKS), before, strict=True):
@@ -32,7 +32,7 @@ def _restored_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         hooks.update(content)
 
 
-def test_the_extension_is_speechbrains() -> None:
+def test_the_extension_is_that_of_speechbrain() -> None:
     assert registry.PARAMFILE_EXT == ".ckpt"
 
 
@@ -104,7 +104,7 @@ def test_one_mark_registers_one_hook() -> None:
     assert Marked not in DEFAULT_TRANSFER_HOOKS
 
 
-def test_speechbrains_keyword_is_taken() -> None:
+def test_the_keyword_of_speechbrain_is_accepted() -> None:
     class Plain:
         pass
 
@@ -112,7 +112,7 @@ def test_speechbrains_keyword_is_taken() -> None:
     assert list(inspect.signature(register_checkpoint_hooks).parameters) == ["cls", "save_on_main_only"]
 
 
-def test_speechbrains_marks_count() -> None:
+def test_the_marks_of_speechbrain_are_accepted() -> None:
     class Marked(nn.Module):
         def load(self, path: Path, end_of_epoch: bool) -> None: ...
         def transfer(self, path: Path) -> None: ...
@@ -143,10 +143,10 @@ def test_an_attribute_that_has_every_attribute_is_not_marked() -> None:
 
         def __call__(self) -> None: ...
 
-    class LockHolder:
+    class Holder:
         everything = Everything()
 
-    assert find_hook(LockHolder(), {}, registry.TRANSFER_MARK) is None
+    assert find_hook(Holder(), {}, registry.TRANSFER_MARK) is None
 
 
 def test_signatures_are_checked() -> None:

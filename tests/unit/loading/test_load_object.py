@@ -30,7 +30,7 @@ def _restored_registries() -> Iterator[None]:
 
 
 class Thing:
-    """Remembers by which hook it was loaded."""
+    """Records the hooks that loaded it."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -70,7 +70,7 @@ def test_the_transfer_hook_of_a_base_wins_over_the_load_hook_of_the_class() -> N
 
 
 @pytest.mark.parametrize("act", [check_loadable, lambda name, obj: load_object(name, obj, "somewhere")])
-def test_nobody_knows_how(act: Any) -> None:
+def test_no_hook_for_the_type(act: Any) -> None:
     with pytest.raises(NoHook) as caught:
         act("thing", Thing())
     text = str(caught.value)
@@ -78,7 +78,7 @@ def test_nobody_knows_how(act: Any) -> None:
     assert "'thing'" in text
     for way in ("custom_hooks={'thing': hook}", "@register_checkpoint_hooks", "DEFAULT_TRANSFER_HOOKS[Thing]"):
         assert way in text
-    assert isinstance(caught.value, RuntimeError), "SpeechBrain raises one"
+    assert isinstance(caught.value, RuntimeError), "SpeechBrain raises a RuntimeError"
 
 
 def test_a_custom_hook_that_cannot_be_called() -> None:
@@ -95,7 +95,7 @@ def test_checking_loads_nothing() -> None:
     assert thing.calls == []
 
 
-def test_what_a_hook_raises_is_named_and_chained() -> None:
+def test_an_error_of_a_hook_is_named_and_chained() -> None:
     def hook(obj: Thing, path: Any) -> None:
         raise ZeroDivisionError("by nought")
 
@@ -105,7 +105,7 @@ def test_what_a_hook_raises_is_named_and_chained() -> None:
     assert got.value.subject == "some/where"
 
 
-def test_errors_of_ours_pass_as_they_are() -> None:
+def test_a_collect_error_of_a_hook_is_raised_unchanged() -> None:
     def hook(obj: Thing, path: Any) -> None:
         raise IntegrityError("as it was")
 
@@ -122,7 +122,7 @@ def test_interrupts_pass() -> None:
 
 
 def test_a_class_in_speechbrains_style(tmp_path: Path) -> None:
-    """The example of SpeechBrain's `register_checkpoint_hooks`, with a transfer hook beside the loader."""
+    """The example of SpeechBrain's `register_checkpoint_hooks`, with a transfer hook in addition to the loader."""
 
     @register_checkpoint_hooks
     class CustomRecoverable:
@@ -168,7 +168,7 @@ def test_a_hook_for_the_wrapper_itself_gets_the_wrapper() -> None:
 
 @pytest.mark.parametrize("saved", [nn.Linear(2, 2).state_dict(), {}, {"state_dict": {}}])
 def test_a_file_of_another_kind_of_object(saved: Any, tmp_path: Path) -> None:
-    """A scheduler's own load_state_dict would take every mapping for its attributes."""
+    """The load_state_dict of a scheduler would store any mapping as its attributes."""
     path = tmp_path / "it.ckpt"
     torch.save(saved, path)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
@@ -183,7 +183,7 @@ def test_an_optimizer_of_another_size(tmp_path: Path) -> None:
     path = tmp_path / "it.ckpt"
     torch.save(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0).state_dict(), path)
     two = torch.optim.SGD([nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))], lr=2.0)
-    with pytest.raises(LoadError, match=r"it\.ckpt: SGD does not take this state \(ValueError: .*keys are"):
+    with pytest.raises(LoadError, match=r"it\.ckpt: SGD rejects the state in this file \(ValueError: .*keys are"):
         load_object("it", two, path)
     assert two.param_groups[0]["lr"] == 2.0
 

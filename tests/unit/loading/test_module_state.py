@@ -29,7 +29,7 @@ def network() -> nn.Module:
 
 
 def refused(hook: Hook, module: nn.Module, path: Path) -> str:
-    """Load, and see that it fails without having written anything."""
+    """Load, check that it fails without writing anything, and return the text of the error."""
     before = {key: tensor.clone() for key, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
     with pytest.raises(LoadError) as caught:
         hook(module, path)
@@ -55,12 +55,12 @@ def test_missing_and_unexpected_are_one_warning_each(path: Path, caplog: pytest.
     assert torch.equal(module.get_parameter("0.bias"), bias)
     missing, unexpected = messages(caplog, logging.WARNING)
     assert "7 of the 9 keys of Sequential are not in the file and keep their values: 0.bias, 1.weight" in missing
-    assert "Sequential has no use for 30 of the 31 keys in the file" in unexpected
+    assert "30 of the 31 keys in the file are not in Sequential and are ignored" in unexpected
     assert "head.19 and 10 more" in unexpected
     assert all(str(path) in each for each in (missing, unexpected))
 
 
-def test_nothing_to_say_is_nothing_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_match_logs_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(network().state_dict(), path)
     with caplog.at_level(logging.INFO):
         transfer_module(network(), path)
@@ -68,12 +68,12 @@ def test_nothing_to_say_is_nothing_said(path: Path, caplog: pytest.LogCaptureFix
     assert caplog.records == []
 
 
-def test_strict_lists_missing_and_left_over(path: Path) -> None:
+def test_strict_lists_missing_and_unexpected_keys(path: Path) -> None:
     torch.save({**nn.Linear(3, 4).state_dict(), "more": torch.ones(1)}, path)
     text = refused(load_module, nn.Linear(3, 4), path)
-    assert "Missing (0): none. Left over (1): more" in text
+    assert "Missing (0): none. Unexpected (1): more" in text
     torch.save({"weight": torch.ones(4, 3)}, path)
-    assert "Missing (1): bias. Left over (0): none" in refused(load_module, nn.Linear(3, 4), path)
+    assert "Missing (1): bias. Unexpected (0): none" in refused(load_module, nn.Linear(3, 4), path)
 
 
 @BOTH
@@ -88,22 +88,22 @@ def test_every_wrong_shape_is_listed(hook: Hook, path: Path) -> None:
 
 
 @BOTH
-def test_values_that_are_no_tensors(hook: Hook, path: Path) -> None:
+def test_values_that_are_not_tensors(hook: Hook, path: Path) -> None:
     torch.save({"weight": [1.0, 2.0], "bias": torch.ones(4)}, path)
     assert "weight: list in the file, a tensor in the module" in refused(hook, nn.Linear(3, 4), path)
 
 
 @BOTH
 @pytest.mark.parametrize("state", [[torch.ones(1)], torch.ones(3), None, "weights", 3])
-def test_what_is_no_mapping(hook: Hook, state: Any, path: Path) -> None:
+def test_a_file_without_a_mapping(hook: Hook, state: Any, path: Path) -> None:
     torch.save(state, path)
     assert f"holds a {type(state).__name__}, not a mapping" in refused(hook, nn.Linear(3, 4), path)
 
 
 @BOTH
-def test_keys_that_are_no_names(hook: Hook, path: Path) -> None:
+def test_keys_that_are_not_strings(hook: Hook, path: Path) -> None:
     torch.save({"weight": torch.ones(4, 3), 0: torch.ones(4), float("nan"): torch.ones(1)}, path)
-    assert "keys that are no names: 0, nan" in refused(hook, nn.Linear(3, 4), path)
+    assert "keys that are not strings: 0, nan" in refused(hook, nn.Linear(3, 4), path)
 
 
 @BOTH
@@ -111,7 +111,7 @@ def test_keys_that_are_no_names(hook: Hook, path: Path) -> None:
 def test_nested_checkpoints_are_described_not_guessed(hook: Hook, key: str, path: Path) -> None:
     torch.save({key: network().state_dict(), "epoch": 3}, path)
     text = refused(hook, network(), path)
-    assert f"It has: {key}, epoch" in text
+    assert f"The file has: {key}, epoch" in text
     assert f"'{key}' (a mapping of 9)" in text
     assert f"read_state(path)['{key}']" in text
 
@@ -120,15 +120,15 @@ def test_nested_checkpoints_are_described_not_guessed(hook: Hook, key: str, path
 def test_no_key_fits(hook: Hook, path: Path) -> None:
     torch.save({f"encoder.{number}": torch.ones(1) for number in range(9)}, path)
     text = refused(hook, network(), path)
-    assert "none of its 9 keys" in text
-    assert "It has: encoder.0, encoder.1, encoder.2, encoder.3, encoder.4 and 4 more" in text
-    assert "Sequential wants: 0.weight, 0.bias, 1.weight, 1.bias, 1.running_mean and 4 more" in text
+    assert "none of the 9 keys" in text
+    assert "The file has: encoder.0, encoder.1, encoder.2, encoder.3, encoder.4 and 4 more" in text
+    assert "Sequential has: 0.weight, 0.bias, 1.weight, 1.bias, 1.running_mean and 4 more" in text
 
 
 @BOTH
 def test_an_empty_file_for_a_module_with_parameters(hook: Hook, path: Path) -> None:
     torch.save({}, path)
-    assert "none of its 0 keys" in refused(hook, network(), path)
+    assert "none of the 0 keys" in refused(hook, network(), path)
 
 
 def test_a_module_without_parameters_takes_any_file(path: Path) -> None:
@@ -138,14 +138,14 @@ def test_a_module_without_parameters_takes_any_file(path: Path) -> None:
     load_module(nn.ReLU(), path)
 
 
-def test_dtypes_are_converted_and_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dtypes_are_converted_and_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(nn.Linear(3, 4).half().state_dict(), path)
     module = nn.Linear(3, 4)
     with caplog.at_level(logging.INFO):
         load_module(module, path)
     assert module.weight.dtype == torch.float32
-    (said,) = messages(caplog, logging.INFO)
-    assert "2 tensors converted from torch.float16 to torch.float32: " in said
+    (message,) = messages(caplog, logging.INFO)
+    assert "2 tensors converted from torch.float16 to torch.float32: " in message
 
 
 def test_a_lossy_conversion_is_a_warning(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,8 +153,8 @@ def test_a_lossy_conversion_is_a_warning(path: Path, caplog: pytest.LogCaptureFi
     module.register_buffer("position", torch.zeros(2, dtype=torch.int64))
     torch.save({"position": torch.tensor([1.5, 2.0])}, path)
     load_module(module, path)
-    (said,) = messages(caplog, logging.WARNING)
-    assert "torch.float32 to torch.int64, which cannot hold every value: position" in said
+    (message,) = messages(caplog, logging.WARNING)
+    assert "torch.float32 to torch.int64, which cannot hold every value: position" in message
 
 
 @BOTH
@@ -176,7 +176,7 @@ def test_parameters_stay_the_same_objects(hook: Hook, path: Path) -> None:
 
 
 @BOTH
-def test_an_order_to_assign_in_the_file_is_not_obeyed(hook: Hook, path: Path) -> None:
+def test_a_flag_to_assign_in_the_file_is_ignored(hook: Hook, path: Path) -> None:
     state = nn.Linear(3, 4).state_dict()
     nn.Linear(3, 4).load_state_dict(state, assign=True)
     torch.save(state, path)
@@ -219,7 +219,7 @@ def test_modules_on_the_meta_device_get_memory(hook: Hook, path: Path) -> None:
     assert weight.dtype == torch.float64
     assert [each.requires_grad for each in module.parameters()] == [False, True, True, True]
     bias.data.fill_(5)
-    assert torch.equal(torch.load(path)["0.bias"], saved.get_parameter("0.bias")), "no view of the file"
+    assert torch.equal(torch.load(path)["0.bias"], saved.get_parameter("0.bias")), "no memory shared with the file"
 
 
 @BOTH
@@ -233,7 +233,7 @@ def test_tied_tensors_on_the_meta_device_stay_tied(hook: Hook, path: Path) -> No
 
 
 @BOTH
-def test_what_would_stay_on_the_meta_device_is_an_error(hook: Hook, path: Path) -> None:
+def test_a_tensor_that_would_stay_on_the_meta_device_is_an_error(hook: Hook, path: Path) -> None:
     torch.save({"weight": torch.ones(4, 3), "bais": torch.ones(4)}, path)
     text = refused(hook, nn.Linear(3, 4, device="meta"), path)
     assert "bias (the file has bais)" in text
@@ -270,7 +270,7 @@ def test_two_keys_of_one_new_name(path: Path) -> None:
 
 
 def test_counters_that_old_files_lack(path: Path) -> None:
-    """torch fills in `num_batches_tracked` for files from before it existed."""
+    """torch fills in `num_batches_tracked` for files from before this counter existed."""
     state = {key: tensor for key, tensor in network().state_dict().items() if "num_batches" not in key}
     safetensors.torch.save_file(state, path)
     load_module(network(), path)
@@ -285,7 +285,7 @@ def test_scalars_of_old_files(path: Path) -> None:
 
 
 class Growing(nn.Module):
-    """Reads a buffer of any length, by the documented way to read a state differently."""
+    """Loads a buffer of any length, with the method that torch documents for this."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Growing(nn.Module):
 
 
 @BOTH
-def test_modules_that_resize_themselves_may(hook: Hook, path: Path) -> None:
+def test_a_module_may_resize_its_buffer(hook: Hook, path: Path) -> None:
     growing = Growing()
     module = nn.Sequential(nn.Linear(1, 1), growing)
     torch.save({**module.state_dict(), "1.seen": torch.ones(7)}, path)
@@ -315,12 +315,12 @@ def test_wrong_shapes_beside_such_a_module_are_found_before_writing(hook: Hook, 
 
 def test_no_key_fits_such_a_module(path: Path) -> None:
     torch.save({"other": torch.ones(7)}, path)
-    assert "none of its 1 keys" in refused(transfer_module, Growing(), path)
+    assert "none of the 1 keys" in refused(transfer_module, Growing(), path)
 
 
 @BOTH
 def test_old_names_that_a_module_translates_itself(hook: Hook, path: Path) -> None:
-    """torch's parametrized weight norm takes the names of the one before it."""
+    """torch's parametrized weight norm accepts the keys of the older weight norm."""
     torch.save({"weight_g": torch.ones(4, 1), "weight_v": torch.ones(4, 3), "bias": torch.ones(4)}, path)
     module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     hook(module, path)
@@ -344,7 +344,7 @@ def test_a_class_with_its_own_load_state_dict(hook: Hook, path: Path) -> None:
 
 
 class OnlyHead(nn.Linear):
-    """Leaves out of its state what is not trained, as adapters do."""
+    """Has only its trained parameters in its state, as adapters do."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {key: tensor for key, tensor in super().state_dict(*args, **kwargs).items() if key == "bias"}

@@ -1,4 +1,4 @@
-"""Files of a network file system are read in order, once for the node, where memory allows; others are left alone."""
+"""Files on a network file system are read ahead once per node if memory allows; local files are not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SIZE = 40 << 20
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Path:
-    """A file that is on the disk and not in memory."""
+    """Return a file that is on the disk and not in the page cache."""
     path = tmp_path / "weights"
     path.write_bytes(os.urandom(SIZE))
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if is_cached(path):
-        pytest.skip("this file system keeps everything in memory")
+        pytest.skip("this file system keeps all files in memory")
     return path
 
 
@@ -43,22 +43,22 @@ def test_local_files_are_left_to_the_kernel(cold: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("_remote")
 def test_the_ranks_of_a_node_read_it_once_together(cold: Path) -> None:
-    read = [ahead._read(cold, place, 3, nothing) for place in range(3)]
+    read = [ahead._read_share(cold, local_rank, 3, nothing) for local_rank in range(3)]
     assert sum(read) == SIZE
     assert max(read) - min(read) <= 1
     assert is_cached(cold)
-    assert read_ahead([cold], 0, 3, nothing) == 0, "it is there already"
+    assert read_ahead([cold], 0, 3, nothing) == 0, "the file is already in the page cache"
 
 
 @pytest.mark.usefixtures("_remote")
-def test_more_than_fits_is_not_read(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_larger_than_the_memory_are_not_read(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "available_memory", lambda: SIZE)
     assert read_ahead([cold], 0, 1, nothing) == 0
     monkeypatch.setattr(ahead, "available_memory", lambda: 3 * SIZE)
     assert read_ahead([cold, cold], 0, 1, nothing) == SIZE
 
 
-def test_what_counts_is_where_a_link_leads(cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_of_a_link_decides(cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = tmp_path / "local/link"
     link.parent.mkdir()
     link.symlink_to(cold)
@@ -67,7 +67,7 @@ def test_what_counts_is_where_a_link_leads(cold: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("_remote")
-def test_it_ends_with_the_operation(cold: Path) -> None:
+def test_an_exception_of_check_ends_the_reading(cold: Path) -> None:
     class Over(Exception):
         pass
 
@@ -78,5 +78,5 @@ def test_it_ends_with_the_operation(cold: Path) -> None:
         read_ahead([cold], 0, 1, over)
 
 
-def test_memory_is_known_here() -> None:
+def test_available_memory_is_reported() -> None:
     assert ahead.available_memory() > 1 << 20

@@ -61,11 +61,11 @@ def test_every_truncation_is_refused(save: Save, path: Path) -> None:
 
 @SAVES
 def test_noise_never_escapes_as_another_error(save: Save, path: Path) -> None:
-    """A flipped byte may go unseen, checksums are for that; what is seen must be one of our errors."""
+    """A flipped byte may stay undetected here (checksums detect it); a detected one must raise LoadError."""
     save({"a": torch.arange(30.0)}, path)
     content = path.read_bytes()
-    for place in range(0, min(len(content), 900), 3):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+    for position in range(0, min(len(content), 900), 3):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :])
         try:
             read_state(path)
         except LoadError:
@@ -78,11 +78,11 @@ def test_is_mapped_and_private(save: Save, path: Path) -> None:
     read_state(path)["a"].fill_(1)
     first = read_state(path)["a"]
     assert first.sum() == 0
-    place = path.read_bytes().rfind(bytes(4096 * 4))
+    position = path.read_bytes().rfind(bytes(4096 * 4))
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(position)
         file.write(struct.pack("<f", 5.0))
-    assert first[0] == 5.0, "a mapped tensor shows what the file holds when it is used"
+    assert first[0] == 5.0, "a mapped tensor has the values of the file at the time of use"
 
 
 @SAVES
@@ -109,13 +109,13 @@ def test_versions_of_a_state_dict_are_kept(path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])
-def test_what_was_saved_on_a_gpu_comes_to_the_cpu(save: Save, path: Path) -> None:
+def test_a_state_saved_on_a_gpu_is_loaded_on_the_cpu(save: Save, path: Path) -> None:
     save({"a": torch.arange(3.0)}, path)
-    here, there = b"X\x03\x00\x00\x00cpu", b"X\x07\x00\x00\x00cuda:99"
+    cpu, cuda = b"X\x03\x00\x00\x00cpu", b"X\x07\x00\x00\x00cuda:99"
     if save is save_zip:
-        repack(path, lambda _, data: data.replace(here, there))
+        repack(path, lambda _, data: data.replace(cpu, cuda))
     else:
-        path.write_bytes(path.read_bytes().replace(here, there))
+        path.write_bytes(path.read_bytes().replace(cpu, cuda))
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(path, weights_only=True)
     assert torch.equal(read_state(path)["a"], torch.arange(3.0))
@@ -220,9 +220,9 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_lying_header(name: str, path: Path) -> None:
-    content, said = HEADERS[name]
+    content, expected = HEADERS[name]
     header(path, json.dumps(content).encode(), bytes(12))
-    assert said in refused(path)
+    assert expected in refused(path)
 
 
 @pytest.mark.parametrize("length", [10**11, 10**9, 2**63 - 1, 300])
@@ -232,7 +232,7 @@ def test_length_of_header_beyond_the_file(length: int, path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"{]}", b'{"a": ' * 30_000, b'{"a": NaN}', b"{\xff\xfe}"])
-def test_header_that_is_no_json_object(content: bytes, path: Path) -> None:
+def test_header_that_is_not_a_json_object(content: bytes, path: Path) -> None:
     header(path, content)
     assert "damaged" in refused(path)
 

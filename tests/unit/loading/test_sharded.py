@@ -1,4 +1,4 @@
-"""Weights in several files: an index beside its shards, behind links, or in a folder."""
+"""Weights in several files: an index with its shards, through symbolic links, or in a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_legacy(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def write(folder: Path, save: Save = safetensors.torch.save_file, stem: str = "model.safetensors") -> Path:
-    """Write `STATE` as three shards and their index."""
+    """Write `STATE` as three shards and their index; return the path of the index."""
     folder.mkdir(parents=True, exist_ok=True)
     named: dict[str, str] = {}
     for number in range(3):
@@ -68,7 +68,7 @@ def test_an_index_and_its_shards(save: Save, stem: str, tmp_path: Path) -> None:
 
 
 def test_through_the_links_of_a_cache(tmp_path: Path) -> None:
-    """As staged: the link of a loadable, the snapshot, and content under the name of its checksum."""
+    """The layout after staging: the link of a loadable, the snapshot, and blobs with checksums as names."""
     index = write(tmp_path / "snapshots/1")
     (tmp_path / "blobs").mkdir()
     for number, path in enumerate(sorted(index.parent.iterdir())):
@@ -91,7 +91,7 @@ def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
     assert len({line.split()[-1] for line in mapped}) == 3
 
 
-def test_a_tensor_that_is_not_where_the_index_says(tmp_path: Path) -> None:
+def test_a_tensor_missing_from_the_shard_that_the_index_names(tmp_path: Path) -> None:
     index = write(tmp_path)
     content = json.loads(index.read_text())
     content["weight_map"]["0.weight"] = "model-00002-of-00003.safetensors"
@@ -100,14 +100,14 @@ def test_a_tensor_that_is_not_where_the_index_says(tmp_path: Path) -> None:
         read_state(index)
 
 
-def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_shard(tmp_path: Path) -> None:
     index = write(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(LoadError, match="model-00002-of-00003"):
         read_state(index)
 
 
-def test_an_index_long_behind_its_metadata(tmp_path: Path) -> None:
+def test_an_index_after_long_metadata(tmp_path: Path) -> None:
     index = write(tmp_path)
     content = json.loads(index.read_text())
     index.write_text(json.dumps({"metadata": {"notes": "x" * 9000}, "weight_map": content["weight_map"]}))
@@ -122,10 +122,10 @@ def test_the_file_in_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "said"), [(("a.bin", "b.bin"), r"a\.bin, b\.bin"), (("config.json",), "there is config")]
+    ("names", "expected"), [(("a.bin", "b.bin"), r"a\.bin, b\.bin"), (("config.json",), "it contains config")]
 )
-def test_a_folder_of_which_nobody_can_tell(names: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_a_folder_without_one_weights_file(names: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     for name in names:
         torch.save(STATE, tmp_path / name)
-    with pytest.raises(LoadError, match=said):
+    with pytest.raises(LoadError, match=expected):
         read_state(tmp_path)

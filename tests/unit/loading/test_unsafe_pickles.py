@@ -20,7 +20,7 @@ from weightferry.loading.readers import read_state
 
 
 class Settings:
-    """An honest class, which a pickle still may not make."""
+    """A harmless class; a pickle still may not create it."""
 
     rate = 0.1
 
@@ -70,7 +70,7 @@ def test_a_command_is_never_run(save: Save, protocol: int, nest: Callable[[Any],
     assert str(path) in str(caught.value)
     if save is not save_tar:
         assert "posix.system" in str(caught.value)
-        assert "add_safe_globals" not in str(caught.value), "nobody should be led to allow a shell"
+        assert "add_safe_globals" not in str(caught.value), "the text must not suggest to allow a shell"
 
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])
@@ -91,7 +91,7 @@ def test_the_wanted_global_is_named_and_can_be_allowed(save: Save, tmp_path: Pat
 @pytest.mark.parametrize(
     "name", ["os.system", "builtins.eval", "subprocess.Popen", "no.such.thing", "torch.nothing", "x"]
 )
-def test_what_cannot_be_allowed(name: str, tmp_path: Path) -> None:
+def test_names_that_cannot_be_allowed(name: str, tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "file")
     with pytest.raises(LoadError, match="allow_globals"):
         read_state(tmp_path / "file", allow_globals=[name])
@@ -128,22 +128,22 @@ def test_globals_are_found_in_every_protocol(protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_what_torch_allows_is_not_named(protocol: int) -> None:
+def test_names_that_torch_allows_are_left_out(protocol: int) -> None:
     assert unsafe_globals(dumped(OrderedDict(a=Counter("aab"), b=torch.float16, c=torch.Size([1])), protocol)) == []
 
 
-def test_names_that_are_no_identifiers() -> None:
-    """A line break in a name must not smuggle opcodes into the question that torch is asked."""
+def test_names_that_are_not_identifiers() -> None:
+    """A line break in a name must not add opcodes to the pickle that torch examines."""
     strings = b"\x8c\x07x\n.\nabc" + b"\x8c\x04evil"
     assert unsafe_globals(io.BytesIO(b"\x80\x04" + strings + b"\x93.")) == ["x\n.\nabc.evil"]
 
 
-def test_what_was_seen_before_the_damage_counts() -> None:
+def test_names_before_the_damage_are_found() -> None:
     stream = io.BytesIO(dumped(RunsCommand(Path("x")), 2).getvalue()[:20])
     assert unsafe_globals(stream) == ["posix.system"]
 
 
-def test_torch_is_not_led_to_run_what_it_is_asked_about(tmp_path: Path) -> None:
+def test_torch_does_not_run_the_names_that_it_examines(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     assert unsafe_globals(dumped(RunsCommand(marker), 2)) == ["posix.system"]
     assert not marker.exists()

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from weightferry.loading.hooks import load_module, transfer_module
-from weightferry.loading.keys import align, unwrap
+from weightferry.loading.keys import align_keys, unwrap
 from weightferry.loading.objects import load_object
 
 
 class Net(nn.Module):
-    """Has a child that is really named "module", which is no wrapper's doing."""
+    """Has a child with the name "module" that is not the child of a wrapper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,14 +24,14 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
-    """Make a gloo group of this process alone, without a port."""
+    """Initialize a gloo group with only this process, without a port."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    # The default backend is imported at once, which takes seconds; nothing is compiled here.
+    # The import of the default backend takes seconds; nothing is compiled here.
     wrapper = torch.compile(module, backend="eager")
     assert isinstance(wrapper, nn.Module)
     return wrapper
@@ -106,7 +106,7 @@ def test_unwrap() -> None:
 
 
 def aligned(keys: list[str], module: nn.Module) -> list[str]:
-    return list(align(dict.fromkeys(keys), module, module.state_dict().keys()))
+    return list(align_keys(dict.fromkeys(keys), module, module.state_dict().keys()))
 
 
 def test_a_prefix_that_only_some_keys_have_stays() -> None:
@@ -131,12 +131,12 @@ def test_keys_that_fit_nowhere_stay() -> None:
 
 
 def test_versions_follow_their_modules(tmp_path: Path) -> None:
-    """A state whose versions were lost makes BatchNorm read it as one from before they existed."""
+    """BatchNorm reads a state without versions as one from before versions existed."""
     state = nn.DataParallel(Net()).state_dict()
-    result = align(state, Net(), Net().state_dict().keys())
+    result = align_keys(state, Net(), Net().state_dict().keys())
     versions = result._metadata  # type: ignore[attr-defined]
     assert versions["module"] == {"version": 2}
     assert versions["encoder"] == {"version": 1}
     inside = compiled_inside(Net())
-    result = align(state, inside, inside.state_dict().keys())
+    result = align_keys(state, inside, inside.state_dict().keys())
     assert "encoder._orig_mod" in result._metadata  # type: ignore[attr-defined]
