@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightferry.cli.errors import exit_on_error
+
 if TYPE_CHECKING:
     from weightferry.doctor.job import JobOptions
     from weightferry.doctor.request import CheckRequest
@@ -84,7 +86,8 @@ def doctor(
     from weightferry.settings import Settings
 
     run = secrets.token_hex(4)
-    cache = Settings.from_environ(cache_dir=cache_dir).cache_dir
+    with exit_on_error():
+        cache = Settings.from_environ(cache_dir=cache_dir).cache_dir
     request = CheckRequest(run, cache, _folder_roles(cache, shared, collect_in), size_mb * 1_000_000, origin)
     options = JobOptions(
         nodes,

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightferry.cluster.connect import operation
+from weightferry.cluster.connect import process_group_coordinator
 from weightferry.cluster.topology import boot_id
 from weightferry.doctor.disk import check_cache_folder, local_disks
 from weightferry.doctor.findings import Findings, Node
@@ -27,7 +27,7 @@ def measure(request: CheckRequest) -> Findings:
         The same on every rank: a rank died, or failed for a reason that is no property of a folder.
     """
     settings = Settings.from_environ(cache_dir=ScratchPaths(Path(request.cache_dir), request.run).cache)
-    with cleaned_up(request), operation(settings, "qualify") as coordinator:
+    with cleaned_up(request), process_group_coordinator(settings, "qualify") as coordinator:
         nodes: Mapping[int, Node] = coordinator.run_phase("look", lambda: _check_node(request, coordinator.rank), dict)
         hosts = {rank: node["host"] for rank, node in nodes.items()}
         usable = not any(node["cache"]["problem"] for node in nodes.values())
