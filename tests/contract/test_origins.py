@@ -1,4 +1,4 @@
-"""What every origin must do; a new one is done when it passes here."""
+"""Contract tests of all origins: a new origin is complete when it passes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.contract.places import FakePlace, FolderPlace, HttpPlace, HubPlace, MemoryPlace, Place, made, read, resolve
+from tests.contract.backends import (
+    FakeBackend,
+    FolderBackend,
+    HttpBackend,
+    HubBackend,
+    MemoryBackend,
+    OriginBackend,
+    create_backend,
+    read,
+    resolve,
+)
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
 from weightferry.hashing import Hashes
 from weightferry.manifest import PinnedSource
@@ -19,177 +29,181 @@ from weightferry.origins.base import Busy, TransientOriginError, Unreachable
 
 BIG = bytes(range(256)) * 400
 FILES = {"config.json": b'{"a": 1}', "empty.txt": b"", "weights.safetensors": BIG}
-BELOW = {"onnx/model.bin": b"onnx" * 9, "onnx/deep/notes.md": b"# notes"}
+SUBFOLDER = {"onnx/model.bin": b"onnx" * 9, "onnx/deep/notes.md": b"# notes"}
 ODD = ["a b.bin", "grüße-日本.bin", "x+y.bin", "100%.bin", "50%25.bin", "#1.bin", "q?a=b&c.bin", "it's (1) [x]*.bin"]
 
 
 def fixture(*kinds: type) -> Any:
-    """Make a fixture that gives each of these kinds of places, with the files in it."""
+    """Return a fixture that yields a backend of each of these kinds, with the test files in it."""
 
-    def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-        there = made(request.param, tmp_path, monkeypatch)
-        there.put(FILES | (BELOW if there.lists else {}))
-        yield there
-        there.close()
+    def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        created = create_backend(request.param, tmp_path, monkeypatch)
+        created.put(FILES | (SUBFOLDER if created.lists else {}))
+        yield created
+        created.close()
 
-    return pytest.fixture(params=kinds, ids=lambda kind: kind.__name__)(place)
-
-
-place = fixture(HubPlace, HttpPlace, FolderPlace, MemoryPlace, FakePlace)
-listing = fixture(HubPlace, FolderPlace, MemoryPlace, FakePlace)  # http has no folders
-rooted = fixture(HubPlace, FolderPlace, MemoryPlace)  # one dict serves all roots of the fake
-kept = fixture(HubPlace, HttpPlace, MemoryPlace, FakePlace)  # folders are used in place: no names for their content
-noticing = fixture(HttpPlace, FakePlace)  # a commit never changes; a folder is compared by every rank; memory:// cannot
-failing = fixture(HubPlace, HttpPlace, FakePlace)
-served = fixture(HubPlace, HttpPlace)
+    return pytest.fixture(params=kinds, ids=lambda kind: kind.__name__)(backend)
 
 
-def take(place: Any, pinned: PinnedSource, path: str, into: bytearray) -> None:
-    with place.origin.read(pinned, path) as chunks:
+backend = fixture(HubBackend, HttpBackend, FolderBackend, MemoryBackend, FakeBackend)
+# http cannot list folders.
+listing = fixture(HubBackend, FolderBackend, MemoryBackend, FakeBackend)
+# The fake has the same files for all roots.
+with_root = fixture(HubBackend, FolderBackend, MemoryBackend)
+# Folders are used in place, so their content has no name in a cache.
+cached = fixture(HubBackend, HttpBackend, MemoryBackend, FakeBackend)
+# A commit never changes; every rank checks a folder; memory:// has no versions.
+versioned = fixture(HttpBackend, FakeBackend)
+failing = fixture(HubBackend, HttpBackend, FakeBackend)
+served = fixture(HubBackend, HttpBackend)
+
+
+def take(backend: Any, pinned: PinnedSource, path: str, into: bytearray) -> None:
+    with backend.origin.read(pinned, path) as chunks:
         for chunk in chunks:
             into += chunk
 
 
 class TestResolve:
-    def test_files(self, place: Place) -> None:
-        pinned = resolve(place, *FILES)
+    def test_files(self, backend: OriginBackend) -> None:
+        pinned = resolve(backend, *FILES)
         assert {file.path: file.size for file in pinned.files} == {path: len(FILES[path]) for path in FILES}
-        assert pinned.source.root == place.source().root
+        assert pinned.source.root == backend.source().root
         assert pinned.commit != "" or pinned.in_place
 
-    def test_only_what_was_asked(self, place: Place) -> None:
-        assert [file.path for file in resolve(place, "config.json").files] == ["config.json"]
+    def test_only_the_requested_files(self, backend: OriginBackend) -> None:
+        assert [file.path for file in resolve(backend, "config.json").files] == ["config.json"]
 
-    def test_published_checksums_are_right(self, place: Place) -> None:
-        for file in resolve(place, *FILES).files:
+    def test_published_checksums_match(self, backend: OriginBackend) -> None:
+        for file in resolve(backend, *FILES).files:
             hashes = Hashes(file.checksum, file.size)
             hashes.update(FILES[file.path])
             assert hashes.matches
 
-    def test_the_same_again_has_the_same_names(self, place: Place) -> None:
-        assert resolve(place, *FILES) == resolve(place, *FILES)
+    def test_resolving_twice_gives_equal_results(self, backend: OriginBackend) -> None:
+        assert resolve(backend, *FILES) == resolve(backend, *FILES)
 
-    def test_another_content_has_another_name(self, kept: Place) -> None:
-        before = resolve(kept, "config.json")
-        kept.put({"config.json": b'{"a": 22}'})
-        after = resolve(kept, "config.json")
+    def test_new_content_has_a_new_commit_and_key(self, cached: OriginBackend) -> None:
+        before = resolve(cached, "config.json")
+        cached.put({"config.json": b'{"a": 22}'})
+        after = resolve(cached, "config.json")
         assert after.commit != before.commit
         assert after.files[0].key != before.files[0].key
 
-    def test_the_whole(self, listing: Place) -> None:
+    def test_the_whole_root(self, listing: OriginBackend) -> None:
         pinned = resolve(listing, "")
-        assert {file.path: file.size for file in pinned.files} == {p: len(c) for p, c in (FILES | BELOW).items()}
+        assert {file.path: file.size for file in pinned.files} == {p: len(c) for p, c in (FILES | SUBFOLDER).items()}
 
-    def test_a_folder(self, listing: Place) -> None:
-        assert {file.path for file in resolve(listing, "onnx").files} == set(BELOW)
+    def test_a_folder(self, listing: OriginBackend) -> None:
+        assert {file.path for file in resolve(listing, "onnx").files} == set(SUBFOLDER)
         assert {file.path for file in resolve(listing, "onnx/deep", "config.json").files} == {
             "onnx/deep/notes.md",
             "config.json",
         }
 
-    def test_a_root_that_is_one_file(self, place: Place) -> None:
-        source = place.source("config.json")
-        pinned = place.origin.resolve(source, [source.path])
+    def test_a_root_that_is_one_file(self, backend: OriginBackend) -> None:
+        source = backend.source("config.json")
+        pinned = backend.origin.resolve(source, [source.path])
         assert pinned.source.path in ("config.json", source.path)
         assert [file.path for file in pinned.files] == ["config.json"]
-        assert read(place, pinned, "config.json") == FILES["config.json"]
+        assert read(backend, pinned, "config.json") == FILES["config.json"]
 
     @pytest.mark.parametrize("path", ["confg.json", "config.json/x", "nothing/there.bin", "onn"])
-    def test_what_is_missing(self, place: Place, path: str) -> None:
+    def test_a_missing_path(self, backend: OriginBackend, path: str) -> None:
         with pytest.raises(SourceNotFound) as raised:
-            resolve(place, "config.json", path)
+            resolve(backend, "config.json", path)
         assert path.rpartition("/")[2] in raised.value.subject + str(raised.value)
 
-    def test_a_missing_root(self, rooted: Place) -> None:
-        root = rooted.source()
+    def test_a_missing_root(self, with_root: OriginBackend) -> None:
+        root = with_root.source()
         gone = type(root)(root.scheme, f"{root.root}x", repo_type=root.repo_type)
         with pytest.raises(SourceNotFound):
-            rooted.origin.resolve(gone, [""])
+            with_root.origin.resolve(gone, [""])
 
 
 class TestRead:
     @pytest.mark.parametrize("path", FILES)
-    def test_whole(self, place: Place, path: str) -> None:
-        assert read(place, resolve(place, path), path) == FILES[path]
+    def test_the_whole_file(self, backend: OriginBackend, path: str) -> None:
+        assert read(backend, resolve(backend, path), path) == FILES[path]
 
     @pytest.mark.parametrize(
         ("start", "stop"),
         [(0, 1), (1, None), (100, 200), (100, len(BIG)), (len(BIG) - 1, None), (0, len(BIG)), (0, None)],
     )
-    def test_ranges(self, place: Place, start: int, stop: int | None) -> None:
-        pinned = resolve(place, "weights.safetensors")
-        assert read(place, pinned, "weights.safetensors", start, stop) == BIG[start:stop]
+    def test_ranges(self, backend: OriginBackend, start: int, stop: int | None) -> None:
+        pinned = resolve(backend, "weights.safetensors")
+        assert read(backend, pinned, "weights.safetensors", start, stop) == BIG[start:stop]
 
-    def test_ranges_of_small_files(self, place: Place) -> None:
-        assert read(place, resolve(place, "config.json"), "config.json", 2, 5) == FILES["config.json"][2:5]
+    def test_ranges_of_small_files(self, backend: OriginBackend) -> None:
+        assert read(backend, resolve(backend, "config.json"), "config.json", 2, 5) == FILES["config.json"][2:5]
 
     @pytest.mark.parametrize("name", ODD)
-    def test_odd_names(self, place: Place, name: str) -> None:
-        names = [name] if not place.lists else [name, f"sub {name}/{name}"]
-        place.put({path: path.encode() for path in names})
-        pinned = resolve(place, *names)
+    def test_odd_names(self, backend: OriginBackend, name: str) -> None:
+        names = [name] if not backend.lists else [name, f"sub {name}/{name}"]
+        backend.put({path: path.encode() for path in names})
+        pinned = resolve(backend, *names)
         assert sorted(file.path for file in pinned.files) == sorted(names)
         for path in names:
-            assert read(place, pinned, path) == path.encode()
+            assert read(backend, pinned, path) == path.encode()
 
-    def test_several_at_once(self, place: Place) -> None:
-        pinned = resolve(place, *FILES)
+    def test_several_at_once(self, backend: OriginBackend) -> None:
+        pinned = resolve(backend, *FILES)
         with (
-            place.origin.read(pinned, "weights.safetensors", 5) as one,
-            place.origin.read(pinned, "weights.safetensors", 9) as two,
+            backend.origin.read(pinned, "weights.safetensors", 5) as one,
+            backend.origin.read(pinned, "weights.safetensors", 9) as two,
         ):
             assert b"".join(two) == BIG[9:]
             assert b"".join(one) == BIG[5:]
 
-    def test_stopping_half_way(self, place: Place) -> None:
-        pinned = resolve(place, "weights.safetensors")
-        with place.origin.read(pinned, "weights.safetensors") as chunks:
+    def test_a_reader_that_stops_early(self, backend: OriginBackend) -> None:
+        pinned = resolve(backend, "weights.safetensors")
+        with backend.origin.read(pinned, "weights.safetensors") as chunks:
             assert next(iter(chunks))
-        assert read(place, pinned, "weights.safetensors") == BIG
+        assert read(backend, pinned, "weights.safetensors") == BIG
 
-    def test_an_error_of_the_reader_is_left_alone(self, place: Place) -> None:
-        # A full disk must not look like an origin that may be asked again.
-        pinned = resolve(place, "weights.safetensors")
+    def test_an_error_of_the_reader_is_not_translated(self, backend: OriginBackend) -> None:
+        # A full disk must not look like an error of the origin that can be retried.
+        pinned = resolve(backend, "weights.safetensors")
         full = OSError(28, "No space left on device")
-        with pytest.raises(OSError, match="No space") as raised, place.origin.read(pinned, "weights.safetensors"):
+        with pytest.raises(OSError, match="No space") as raised, backend.origin.read(pinned, "weights.safetensors"):
             raise full
         assert raised.value is full
 
-    def test_a_file_that_changed(self, noticing: Place) -> None:
-        pinned = resolve(noticing, "config.json")
-        noticing.put({"config.json": b"other!!!"})
+    def test_a_file_that_changed(self, versioned: OriginBackend) -> None:
+        pinned = resolve(versioned, "config.json")
+        versioned.put({"config.json": b"other!!!"})
         with pytest.raises(SourceChanged):
-            read(noticing, pinned, "config.json")
+            read(versioned, pinned, "config.json")
 
-    def test_a_file_that_went_away(self, place: Place) -> None:
-        pinned = resolve(place, "config.json")
+    def test_a_removed_file(self, backend: OriginBackend) -> None:
+        pinned = resolve(backend, "config.json")
         gone = PinnedSource(pinned.source, pinned.commit, (type(pinned.files[0])("gone.json", 8, version="1"),))
         with pytest.raises(SourceNotFound):
-            read(place, gone, "gone.json")
+            read(backend, gone, "gone.json")
 
 
-class TestReach:
-    def test_the_root_and_a_file(self, place: Place) -> None:
-        place.origin.check_access(place.source("config.json"))
-        place.origin.check_access(replace(place.source("config.json"), path=""))
+class TestCheckAccess:
+    def test_the_root_and_a_file(self, backend: OriginBackend) -> None:
+        backend.origin.check_access(backend.source("config.json"))
+        backend.origin.check_access(replace(backend.source("config.json"), path=""))
 
-    def test_no_more_than_one_question(self, served: Any) -> None:
-        served.answer(503, {"Retry-After": "7"})
+    def test_a_single_request(self, served: Any) -> None:
+        served.fail_with(503, {"Retry-After": "7"})
         with pytest.raises(TransientOriginError) as raised:
             served.origin.check_access(served.source("config.json"))
         assert raised.value.retry_after == 7
         served.origin.check_access(served.source("config.json"))
 
-    def test_without_the_right_to_read(self, served: Any) -> None:
-        served.answer(401, {})
+    def test_without_access(self, served: Any) -> None:
+        served.fail_with(401, {})
         with pytest.raises(AccessDenied):
             served.origin.check_access(replace(served.source("config.json"), path=""))
 
 
-def test_closing_twice(place: Place) -> None:
-    resolve(place, *FILES)
-    place.origin.close()
-    place.origin.close()
+def test_closing_twice(backend: OriginBackend) -> None:
+    resolve(backend, *FILES)
+    backend.origin.close()
+    backend.origin.close()
 
 
 class TestTransient:
@@ -197,7 +211,7 @@ class TestTransient:
     def test_status(self, failing: Any, status: int) -> None:
         pinned = resolve(failing, *FILES)
         for path in ("config.json", "weights.safetensors"):
-            failing.answer(status, {"Retry-After": "7"})
+            failing.fail_with(status, {"Retry-After": "7"})
             with pytest.raises(TransientOriginError) as raised:
                 read(failing, pinned, path)
             assert raised.value.retry_after == 7
@@ -206,9 +220,9 @@ class TestTransient:
             assert read(failing, pinned, path) == FILES[path]
 
     @pytest.mark.parametrize("after", [0, 5000])
-    def test_a_cut_body_keeps_what_came(self, failing: Any, after: int) -> None:
+    def test_a_cut_connection_keeps_the_bytes(self, failing: Any, after: int) -> None:
         pinned = resolve(failing, "weights.safetensors")
-        failing.cut(after)
+        failing.cut_connection(after)
         got = bytearray()
         with pytest.raises(TransientOriginError):
             take(failing, pinned, "weights.safetensors", got)
@@ -223,10 +237,13 @@ class TestStatus:
         [(401, AccessDenied), (403, AccessDenied), (404, SourceNotFound), (410, SourceNotFound), (418, OriginError)],
     )
     @pytest.mark.parametrize("method", ["resolve", "read"])
-    def test_it_has_its_class(self, served: Any, status: int, error: type[CollectError], method: str) -> None:
+    def test_the_error_class(self, served: Any, status: int, error: type[CollectError], method: str) -> None:
         pinned = resolve(served, *FILES)
-        served.answer(status, {}, times=2)  # http asks again with GET where HEAD is refused
-        call = {"resolve": lambda: resolve(served, "config.json"), "read": lambda: read(served, pinned, "config.json")}
+        served.fail_with(status, {}, times=2)  # http tries GET after HEAD is refused
+        call = {
+            "resolve": lambda: resolve(served, "config.json"),
+            "read": lambda: read(served, pinned, "config.json"),
+        }
         with pytest.raises(error) as raised:
             call[method]()
         assert not isinstance(raised.value, TransientOriginError)
@@ -234,9 +251,9 @@ class TestStatus:
         if method == "read":
             assert "config.json" in raised.value.subject, "which file"
 
-    def test_nobody_there(self, served: Any) -> None:
+    def test_connection_refused(self, served: Any) -> None:
         pinned = resolve(served, "config.json")
-        served.shut()
+        served.shut_down()
         for call in (
             lambda: resolve(served, "config.json"),
             lambda: read(served, pinned, "config.json"),
@@ -246,17 +263,17 @@ class TestStatus:
                 call()
 
     @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
-    def test_no_secret_in_any_text(self, served: Any, status: int, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    def test_no_text_contains_a_secret(self, served: Any, status: int, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
         caplog.set_level(0)
         pinned = resolve(served, *FILES)
         monkeypatch.setenv("HF_TOKEN", "planted-token-1234")
         path = "weights.safetensors"
         for call in (lambda: resolve(served, path), lambda: read(served, pinned, path)):
-            served.answer(status, {}, times=2)
+            served.fail_with(status, {}, times=2)
             with pytest.raises(CollectError) as raised:
                 call()
             self.assert_hidden("".join(traceback.format_exception(raised.value)) + raised.value.subject)
-            served.heal()
+            served.clear_faults()
             call()
         self.assert_hidden(caplog.text)
 
@@ -267,24 +284,24 @@ class TestStatus:
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "..\\x"])
-def test_an_origin_that_lists_climbing_names_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
-    fake, hub = made(FakePlace, tmp_path, monkeypatch), made(HubPlace, tmp_path, monkeypatch)
+def test_a_listing_with_paths_outside_of_the_source_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
+    fake, hub = create_backend(FakeBackend, tmp_path, monkeypatch), create_backend(HubBackend, tmp_path, monkeypatch)
     try:
         hub.put({"x": b""})
         info = hub.origin._api.repo_info("org/model", files_metadata=True)
         info.siblings[0].rfilename = name
         monkeypatch.setattr(hub.origin._api, "repo_info", lambda *_, **__: info)
         fake.put({name: b""})
-        for place in (fake, hub):
-            with pytest.raises(BadRequest, match="climbs out of the source: refused"):
-                resolve(place, "")
+        for backend in (fake, hub):
+            with pytest.raises(BadRequest, match="outside of the source; do not trust"):
+                resolve(backend, "")
     finally:
         hub.close()
 
 
 @pytest.mark.parametrize("sha", ["../../../etc", "", None, "A" * 40, "main"])
-def test_a_hub_that_answers_with_a_commit_that_is_none(sha: str | None, tmp_path: Path, monkeypatch) -> None:
-    hub = made(HubPlace, tmp_path, monkeypatch)
+def test_an_invalid_commit_from_the_hub(sha: str | None, tmp_path: Path, monkeypatch) -> None:
+    hub = create_backend(HubBackend, tmp_path, monkeypatch)
     try:
         hub.put({"x": b""})
         info = hub.origin._api.repo_info("org/model", files_metadata=True)

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 import weightferry
-from tests.contract.places import contents, point_at
+from tests.contract.backends import contents, use_server
 from tests.multiprocess.launched import clean_environ
 from tests.multiprocess.nodes import Nodes
 from weightferry.testing.hub import Fault, HubServer
@@ -130,9 +130,9 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
     with HubServer(bytes_per_second_per_connection=RATE) as hub, ExitStack() as ended:
         hub.add_repo("org/model", FILES)
         with monkeypatch.context() as patched:
-            point_at(hub, patched)
+            use_server(hub, patched)
             yield Shared(hub, tmp_path, patched, ended)
-            point_at(hub, patched)
+            use_server(hub, patched)
 
 
 @orders

@@ -106,7 +106,7 @@ def test_transient_errors_are_tried_again(resolving: Resolving) -> None:
 
 
 def test_what_is_missing(resolving: Resolving) -> None:
-    with pytest.raises(SourceNotFound, match=r"'m\.bim' there; closest there: m\.bin"):
+    with pytest.raises(SourceNotFound, match=r"'m\.bim' in the source; did you mean m\.bin"):
         resolving(SourceRequest.of("org/m", "m.bim"))
 
 
@@ -128,11 +128,11 @@ class TestWhatIsSaid:
         monkeypatch.chdir(tmp_path)
         caplog.set_level(logging.INFO)
         resolving(SourceRequest.of("org/m"))
-        assert "org/m is no local folder: taken for a repository" in caplog.text
+        assert "org/m: no local folder of this name; using the Hugging Face Hub repository" in caplog.text
         caplog.clear()
         Path("org/m").mkdir(parents=True)
         resolving(SourceRequest.of("org/m"))
-        assert "org/m is a local folder" in caplog.text
+        assert "org/m: using the local folder" in caplog.text
         caplog.clear()
         resolving(SourceRequest.of("hf://org/m"))
         assert caplog.text == ""

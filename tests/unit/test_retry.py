@@ -50,7 +50,7 @@ def test_a_byte_starts_the_count_again(retry: Retry, settings: Settings) -> None
     for _ in range(3):
         for _ in range(settings.retries):
             retry.wait(REFUSED)
-        retry.moved()
+        retry.reset()
 
 
 def test_silence_is_measured_and_not_counted(retry: Retry, clock: Clock) -> None:
@@ -67,7 +67,7 @@ def test_a_byte_ends_a_silence(retry: Retry, clock: Clock) -> None:
     for _ in range(5):
         clock.now += 200
         retry.wait(SILENT)
-        retry.moved()
+        retry.reset()
 
 
 def test_a_refusal_ends_a_silence_and_is_counted(retry: Retry, settings: Settings, clock: Clock) -> None:

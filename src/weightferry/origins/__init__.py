@@ -1,1 +1,1 @@
-"""Where bytes come from: one small protocol, and one module per kind of origin."""
+"""Origins, the places that weights are read from: the `Origin` protocol, and one module for each kind."""

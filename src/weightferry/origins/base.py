@@ -1,4 +1,4 @@
-"""The Origin protocol, what its errors mean to a retry, and which module serves which scheme."""
+"""The `Origin` protocol, the errors that a retry may cure, and the table from URL scheme to implementation."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from weightferry.settings import Settings
 from weightferry.sources import Source
 
 CHUNK_SIZE = 1 << 20
-"""Bytes read at a time where an origin lets us choose."""
+"""Bytes of one read, for origins that let the reader choose."""
 
 
 class Origin(Protocol):
-    """Where bytes come from.
+    """A place that files are read from.
 
-    An implementation classifies its errors: `TransientOriginError` may be tried again, every other
-    `weightferry.errors.CollectError` is final. It never retries by itself. Several threads may use one at once; whoever
-    made it closes it (`contextlib.closing`).
+    An implementation classifies its errors: the caller may retry after a `TransientOriginError`; every other
+    `weightferry.errors.CollectError` is final. An implementation never retries by itself. Several threads can use one
+    origin at the same time. The code that creates an origin closes it (`contextlib.closing`).
     """
 
     def __init__(self, settings: Settings) -> None: ...
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
-        """Ask the metadata API what `paths` below `source.root` are now.
+        """Look up the current commit, and the size and checksum of each file in `paths`.
 
         Parameters
         ----------
         source
-            Its own `path` is not looked at.
+            The source; its `path` is ignored.
         paths
-            Files or folders below the root; an empty one stands for the root itself. When the root turns out to be
-            one file, the returned source has its parent as root and the file as path.
+            Files or folders below the root. An empty path stands for the root itself. If the root is a single file, the
+            returned source has the parent folder as root and the file as path.
 
         Raises
         ------
@@ -46,44 +46,45 @@ class Origin(Protocol):
     def read(
         self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
-        """Open bytes `start` to `stop` (exclusive; None: to the end) of one file.
+        """Open the bytes from `start` to `stop` (exclusive; None: to the end) of one file.
 
         Raises
         ------
         RangeIgnored
-            `start` or `stop` was asked for, and the origin sends the whole file: read again from 0.
+            The origin ignores `start` and `stop` and sends the whole file. Read the file again from 0.
         SourceChanged
-            The file is no longer the one that was pinned.
+            The file at the origin is not the pinned version.
         SourceNotFound, AccessDenied, OriginError
         """
         ...
 
     def check_access(self, source: Source) -> None:
-        """Ask whether this process can reach the origin and may read there: one cheap question, no second try.
+        """Check with one cheap request that this process can connect to the origin and may read from it.
 
-        It is over within `Settings.connect_timeout` and `Settings.read_timeout`. With a `source.path` the question is
-        about that file. Without one an answer of any kind will do where the origin, as plain http, knows only files.
+        The check does not retry. It ends within `Settings.connect_timeout` plus `Settings.read_timeout`. If
+        `source.path` is set, the check is about that file. Without a path, an origin that knows only files, such as
+        plain http, passes the check with any answer.
 
         Raises
         ------
         Unreachable
-            Nobody there, as seen from here.
+            This process cannot connect to the origin.
         SourceNotFound, AccessDenied, OriginError
         """
         ...
 
     def close(self) -> None:
-        """Give connections back. Nothing is read through it afterwards; closing again does nothing."""
+        """Close all connections; nothing can be read afterwards. A second call does nothing."""
         ...
 
 
 class TransientOriginError(OriginError):
-    """The origin may well answer next time.
+    """A failed request that may succeed if it is retried.
 
     Attributes
     ----------
     retry_after : float or None
-        Seconds that the origin asks for.
+        Seconds that the origin asks the client to wait; None if it does not ask.
     """
 
     def __init__(
@@ -102,56 +103,55 @@ class TransientOriginError(OriginError):
 
 
 class Unreachable(TransientOriginError):
-    """Nobody there: no such name, connection refused, or none within the connect time-out."""
+    """No connection: the name does not resolve, the connection is refused, or it is not made within the timeout."""
 
 
 class Silent(TransientOriginError):
-    """The origin was reached, and then no byte came within the read time-out."""
+    """The connection was made, but no byte arrived within the read timeout."""
 
 
 class Busy(TransientOriginError):
-    """The origin was reached, and has too much to do: fewer requests at a time may be answered."""
+    """The origin answered that it is overloaded; fewer requests at the same time may succeed."""
 
 
 class RangeIgnored(Exception):
-    """The origin answered a request for a range with the whole file."""
+    """The origin answered a range request with the whole file."""
 
 
-_MODULES = {
+_CLASSES = {
     "hf": "weightferry.origins.hub:HubOrigin",
     "http": "weightferry.origins.http:HttpOrigin",
     "https": "weightferry.origins.http:HttpOrigin",
     "file": "weightferry.origins.filesystem:FilesystemOrigin",
 }
-_OTHERS = "weightferry.origins.fsspec:FsspecOrigin"
+_FALLBACK = "weightferry.origins.fsspec:FsspecOrigin"
 
 
 def origin_for(scheme: str, settings: Settings) -> Origin:
-    """Make the origin that serves `scheme`; whatever has no module of its own is left to fsspec.
+    """Create the origin for a URL scheme; fsspec serves every scheme without an implementation of its own.
 
-    Raises
-    ------
-    BadRequest
-        Nothing serves this scheme, or what serves it is not installed; the message says what to install.
+    A scheme that fsspec does not know, or whose package is not installed, fails in `Origin.resolve`, with `BadRequest`.
     """
-    module, _, name = _MODULES.get(scheme, _OTHERS).partition(":")
-    made: Origin = getattr(import_module(module), name)(settings)
-    return made
+    module, _, name = _CLASSES.get(scheme, _FALLBACK).partition(":")
+    origin: Origin = getattr(import_module(module), name)(settings)
+    return origin
 
 
 def is_below(name: str, path: str) -> bool:
-    """Whether a file is what `path` names, or lies below it; an empty path names the root."""
+    """Return whether the file `name` is `path` or lies below it; an empty path is the root."""
     return path in ("", name) or name.startswith(f"{path}/")
 
 
-def suggest_similar(wanted: str, there: Sequence[str]) -> str:
-    """Make the hint for a misspelt name: the closest ones that exist."""
+def suggest_similar(name: str, existing: Sequence[str]) -> str:
+    """Return the most similar existing names as the end of an error text; empty if no name is similar."""
     from difflib import get_close_matches
 
-    near = get_close_matches(wanted, there, n=3)
-    return f"; closest there: {', '.join(near)}" if near else ""
+    similar = get_close_matches(name, existing, n=3)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def path_outside_source(path: str, subject: str) -> BadRequest:
-    """Make the error for an origin that lists a path outside of itself."""
-    return BadRequest(f"the origin lists {path!r}, which climbs out of the source: refused", subject=subject)
+    """Return the error for an origin whose listing has a path outside of the source."""
+    return BadRequest(
+        f"the origin lists the path {path!r}, which is outside of the source; do not trust this source", subject=subject
+    )

@@ -1,4 +1,4 @@
-"""Folders that this rank sees: used where they are."""
+"""Local files and folders, used where they are."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from weightferry.sources import Source
 
 
 class FilesystemOrigin:
-    """Local files and folders. A file is pinned by its size: every rank checks that it sees the same."""
+    """Reads local files and folders. A file is pinned by its size: every rank checks that it sees the same size."""
 
     def __init__(self, settings: Settings) -> None:
-        del settings  # nothing here can be waited for
+        del settings  # local files need no timeouts
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
@@ -28,9 +28,9 @@ class FilesystemOrigin:
                 source = Source(source.scheme, str(root.parent), root.name)
                 root, paths = root.parent, [root.name]
             if not root.is_dir():
-                # Named by its parent, the root itself gets the message that fits what it is.
+                # Resolved from its parent, the root gets the error text that fits its type.
                 paths, root = [f"{root.name}/{path}".rstrip("/") for path in paths], root.parent
-            files = {file.path: file for path in paths for file in _files(root, path)}
+            files = {file.path: file for path in paths for file in _list_files(root, path)}
         return PinnedSource(source, "", tuple(files[path] for path in sorted(files)))
 
     @contextlib.contextmanager
@@ -42,18 +42,18 @@ class FilesystemOrigin:
             yield chunks
 
     def check_access(self, source: Source) -> None:
-        """See `Origin.check_access`; every rank looks at its own folders anyway."""
+        """See `Origin.check_access`; does nothing, since every rank checks the files that it sees."""
 
     def close(self) -> None:
         """See `Origin.close`."""
 
 
 @contextlib.contextmanager
-def read_file(at: Path, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
-    """Open bytes `start` to `stop` of a file; errors as of `Origin.read`."""
-    with contextlib.ExitStack() as opened:
-        with _translate_errors(at):
-            file = opened.enter_context(at.open("rb"))
+def read_file(file_path: Path, start: int = 0, stop: int | None = None) -> Iterator[Iterator[bytes]]:
+    """Open the bytes from `start` to `stop` of a file; raises the errors of `Origin.read`."""
+    with contextlib.ExitStack() as stack:
+        with _translate_errors(file_path):
+            file = stack.enter_context(file_path.open("rb"))
         file.seek(start)
         yield _chunks(file.read, None if stop is None else stop - start)
 
@@ -67,43 +67,44 @@ def _chunks(read: Callable[[int], bytes], left: int | None) -> Iterator[bytes]:
         yield chunk
 
 
-def _files(root: Path, path: str) -> Iterator[File]:
-    at = root / path
-    if at.is_file():
-        yield File(path, at.stat().st_size)
-    elif at.is_dir():
-        for folder, below, names in os.walk(at, followlinks=True, onerror=_raise):
-            below[:] = [name for name in below if not _leads_back(Path(folder) / name)]
+def _list_files(root: Path, path: str) -> Iterator[File]:
+    full = root / path
+    if full.is_file():
+        yield File(path, full.stat().st_size)
+    elif full.is_dir():
+        for folder, subfolders, names in os.walk(full, followlinks=True, onerror=_raise):
+            subfolders[:] = [name for name in subfolders if not _is_link_to_ancestor(Path(folder) / name)]
             for name in names:
                 file = Path(folder) / name
                 inside = file.relative_to(root).as_posix()
-                # A link that leads nowhere counts only for those who want that file: they will find it missing.
-                yield from [File(inside, None)] if file.is_symlink() and not file.exists() else _files(root, inside)
-    elif at.is_symlink():
-        raise SourceNotFound(f"a link that leads nowhere, to {os.readlink(at)}", subject=str(at))
-    elif at.exists():
-        raise BadRequest("neither a file nor a folder", subject=str(at))
+                # A broken link is an error only for a rank that wants this file: it finds the file missing later.
+                is_broken = file.is_symlink() and not file.exists()
+                yield from [File(inside, None)] if is_broken else _list_files(root, inside)
+    elif full.is_symlink():
+        raise SourceNotFound(f"broken symbolic link to {os.readlink(full)}, which does not exist", subject=str(full))
+    elif full.exists():
+        raise BadRequest("neither a file nor a folder", subject=str(full))
     else:
-        there = [entry.name for entry in at.parent.iterdir()] if at.parent.is_dir() else []
-        raise SourceNotFound(f"no such local file or folder{suggest_similar(at.name, there)}", subject=str(at))
+        existing = [entry.name for entry in full.parent.iterdir()] if full.parent.is_dir() else []
+        raise SourceNotFound(f"no such local file or folder{suggest_similar(full.name, existing)}", subject=str(full))
 
 
 @contextlib.contextmanager
-def _translate_errors(at: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except CollectError:
         raise
     except FileNotFoundError as error:
-        raise SourceNotFound(f"not there: {error}", subject=str(at)) from error
+        raise SourceNotFound(f"does not exist on this rank: {error}", subject=str(path)) from error
     except PermissionError as error:
-        raise AccessDenied(f"not readable for this user: {error}", subject=str(at)) from error
+        raise AccessDenied(f"this user may not read it: {error}", subject=str(path)) from error
     except OSError as error:
-        raise OriginError(str(error), subject=str(at)) from error
+        raise OriginError(str(error), subject=str(path)) from error
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one of those above it: its files are listed there already, without an end here."""
+def _is_link_to_ancestor(folder: Path) -> bool:
+    """Return whether a folder is a link to one of its parents, where a walk would never end."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 

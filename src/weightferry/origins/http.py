@@ -1,4 +1,4 @@
-"""Plain http(s) files."""
+"""Files behind plain http(s) URLs."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from weightferry.origins.transport import new_client
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
-# Signed URLs are often signed for GET alone, and some servers know no HEAD.
-_NO_HEAD = (403, 405, 501)
+# Status codes after which GET is tried: many signed URLs are valid only for GET, and some servers do not support HEAD.
+_HEAD_REFUSED = (403, 405, 501)
 
 
 class HttpOrigin:
-    """Files behind http(s) URLs. They are pinned by ETag, else by modification time and size."""
+    """Reads files behind http(s) URLs. A file is pinned by its ETag, else by its modification time and size."""
 
     def __init__(self, settings: Settings) -> None:
         self._client = new_client(settings)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
-        """See `Origin.resolve`; one request a file, two where the first says nothing of ranges: http has no folders."""
-        files = tuple(self._look(source, path) for path in paths)
+        """See `Origin.resolve`. It costs one request for each file, or two if the first does not tell about ranges."""
+        files = tuple(self._resolve_file(source, path) for path in paths)
         return PinnedSource(source, listing_commit(files), files)
 
-    def _look(self, source: Source, path: str) -> File:
-        url, subject = _url(source, path), _named(source, path)
+    def _resolve_file(self, source: Source, path: str) -> File:
+        url, subject = _url(source, path), _subject(source, path)
         with translate_http_errors(subject):
             answer = self._client.head(url, headers=IDENTITY)
-            if answer.status_code not in _NO_HEAD:
+            if answer.status_code not in _HEAD_REFUSED:
                 raise_for_status(answer, subject)
             size = total_size(answer.headers, answer.status_code) if answer.status_code == 200 else None
             ranges = size is not None and (size == 0 or answer.headers.get("Accept-Ranges") == "bytes")
@@ -54,12 +54,12 @@ class HttpOrigin:
         # An empty file has no first byte.
         if not (answer.status_code == 416 and size == 0):
             raise_for_status(answer, subject)
-        # Without any validator nothing says that a cached copy is still the file: this moment is then its version.
-        return File(path, size, version=version_of(answer.headers) or f"{_SEEN}{time.time_ns()}", ranges=ranges)
+        # Without a validator a cached copy cannot be recognized later, so the current time becomes the version.
+        return File(path, size, version=version_of(answer.headers) or f"{_TIME_PREFIX}{time.time_ns()}", ranges=ranges)
 
     def _first_byte(self, url: str) -> Any:
         with self._client.stream("GET", url, headers={**IDENTITY, "Range": "bytes=0-0"}) as answer:
-            return answer  # closed at once: the whole file may be on its way
+            return answer  # closed at once: the server may send the whole file
 
     @contextmanager
     def read(
@@ -67,22 +67,22 @@ class HttpOrigin:
     ) -> Iterator[Iterator[bytes]]:
         """See `Origin.read`."""
         source, file = pinned.source, pinned.file(path)
-        version = "" if file.version.startswith(_SEEN) else file.version
-        wanted = RangeRequest(_url(source, path), _named(source, path), start, stop, size=file.size, version=version)
-        with get_range(self._client, wanted) as response:
+        version = "" if file.version.startswith(_TIME_PREFIX) else file.version
+        request = RangeRequest(_url(source, path), _subject(source, path), start, stop, size=file.size, version=version)
+        with get_range(self._client, request) as response:
             yield response.iter_raw()
 
     def check_access(self, source: Source) -> None:
         """See `Origin.check_access`."""
-        url, subject = _url(source, source.path), _named(source, source.path)
+        url, subject = _url(source, source.path), _subject(source, source.path)
         with translate_http_errors(subject):
             answer = self._client.head(url, headers=IDENTITY)
-            if source.path and answer.status_code in _NO_HEAD:
+            if source.path and answer.status_code in _HEAD_REFUSED:
                 answer = self._first_byte(url)
         error = status_error(answer.status_code, answer.headers, subject)
         if answer.status_code == 401 or isinstance(error, TransientOriginError):
             raise error
-        if source.path:  # what lies above files is no file itself, and may be answered in any way
+        if source.path:  # without a path the URL is a folder, and any answer is fine
             raise_for_status(answer, subject)
 
     def close(self) -> None:
@@ -90,10 +90,11 @@ class HttpOrigin:
         self._client.close()
 
 
-_SEEN = "seen "
+_TIME_PREFIX = "seen "
+"""Marks a version that is only the time of the request."""
 
 
-def _named(source: Source, path: str) -> str:
+def _subject(source: Source, path: str) -> str:
     return str(Source(source.scheme, source.root, path, query=source.query))
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through huggingface_hub's own session and rules for tokens."""
+"""The Hugging Face Hub, through the session and the token rules of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from weightferry.sources import Source
 
 
 class HubOrigin:
-    """Repositories of the Hub at ``HF_ENDPOINT``.
+    """Reads repositories of the Hub at ``HF_ENDPOINT``.
 
-    Metadata costs one request a repository: `repo_info` with file metadata gives the commit together with the size and
-    the checksum of every file. Only the rank that resolves makes it.
+    Metadata costs one request for each repository: `repo_info` with file metadata returns the commit, and the size and
+    checksum of every file. Only the rank that resolves sends it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -48,27 +48,31 @@ class HubOrigin:
                 timeout=self._read_timeout,
                 files_metadata=True,
             )
-        there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        wanted = {name for path in paths for name in _below(path, list(there), subject)}
-        commit = _hex(info.sha or "", 40, subject)
-        return PinnedSource(source, commit, tuple(_file(s, subject) for name, s in there.items() if name in wanted))
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        selected = {name for path in paths for name in _select_files(path, list(siblings), subject)}
+        commit = _check_hex(info.sha or "", 40, subject)
+        files = tuple(_to_file(sibling, subject) for name, sibling in siblings.items() if name in selected)
+        return PinnedSource(source, commit, files)
 
     @contextmanager
     def read(
         self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> Iterator[Iterator[bytes]]:
-        """See `Origin.read`; the commit is pinned, so the bytes cannot change."""
+        """See `Origin.read`. The commit is pinned, so the bytes cannot change."""
         file = pinned.file(path)
         url = content_url(pinned.source, pinned.commit, path)
-        wanted = RangeRequest(url, f"{pinned.name}/{path}", start, stop, size=file.size)
-        with self._content.read(pinned.source, file, wanted) as chunks:
+        request = RangeRequest(url, f"{pinned.name}/{path}", start, stop, size=file.size)
+        with self._content.read(pinned.source, file, request) as chunks:
             yield chunks
 
     def check_access(self, source: Source) -> None:
-        """See `Origin.check_access`; a file that is not there tells as much as one that is: the Hub looks at rights first."""
+        """See `Origin.check_access`.
+
+        A missing file passes the check: the Hub checks permissions before it looks for the file.
+        """
         subject = str(source)
         if is_offline():
-            raise Unreachable("HF_HUB_OFFLINE is set", subject=subject)
+            raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
         options = {"headers": headers(token=True), "follow_redirects": False, "timeout": self._timeouts}
         with (
@@ -84,7 +88,7 @@ class HubOrigin:
             except (EntryNotFoundError, RevisionNotFoundError):
                 return
             except RepositoryNotFoundError as error:
-                # Who has pinned it knows that it exists: without a token the Hub does not say so.
+                # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
                 if response.status_code == 401:
                     raise access_denied(error, subject) from None
                 raise
@@ -94,30 +98,32 @@ class HubOrigin:
         self._content.close()
 
 
-def _below(path: str, there: Sequence[str], subject: str) -> list[str]:
-    found = [name for name in there if is_below(name, path)]
-    if path and not found:
-        raise SourceNotFound(
-            f"no file or folder {path!r} there{suggest_similar(path, there)}", subject=f"{subject}/{path}"
-        )
-    return found
+def _select_files(path: str, names: Sequence[str], subject: str) -> list[str]:
+    selected = [name for name in names if is_below(name, path)]
+    if path and not selected:
+        hint = suggest_similar(path, names)
+        raise SourceNotFound(f"no file or folder {path!r} in the repository{hint}", subject=f"{subject}/{path}")
+    return selected
 
 
-def _file(sibling: Any, subject: str) -> File:
+def _to_file(sibling: Any, subject: str) -> File:
     name, lfs = sibling.rfilename, sibling.lfs
     checksum = None
     if lfs is not None:
-        checksum = Checksum("sha256", _hex(lfs["sha256"], 64, subject))
+        checksum = Checksum("sha256", _check_hex(lfs["sha256"], 64, subject))
     elif sibling.blob_id:
-        checksum = Checksum("git-sha1", _hex(sibling.blob_id, 40, subject))
+        checksum = Checksum("git-sha1", _check_hex(sibling.blob_id, 40, subject))
     try:
         return File(name, lfs["size"] if lfs is not None else sibling.size, checksum)
     except ValueError as error:
         raise path_outside_source(name, subject) from error
 
 
-def _hex(text: str, length: int, subject: str) -> str:
-    # It becomes a file or folder name in the cache.
+def _check_hex(text: str, length: int, subject: str) -> str:
+    # The text becomes a file or folder name in the cache.
     if len(text) != length or any(c not in "0123456789abcdef" for c in text):
-        raise OriginError(f"the Hub published {text!r} as a checksum or commit", subject=subject)
+        raise OriginError(
+            f"the Hub answered with {text!r} where a commit or checksum of {length} hexadecimal digits must be",
+            subject=subject,
+        )
     return text

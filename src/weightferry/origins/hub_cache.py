@@ -1,6 +1,7 @@
-"""Hugging Face caches as an origin: what they hold is read there before the network is, or instead of it.
+"""Hugging Face caches as an origin: files in them are read from disk before, or instead of, the network.
 
-huggingface_hub reads its variables when its constants are imported: not before somebody asks for one.
+`huggingface_hub.constants` is imported inside the functions: it reads the environment variables at its import, which
+must not happen before a value is needed.
 """
 
 from __future__ import annotations
@@ -19,37 +20,37 @@ from weightferry.origins.filesystem import read_file
 from weightferry.settings import Settings
 from weightferry.sources import Source, safe_path
 
-_DEFAULT_REVISION = "main"  # huggingface_hub's own
+_DEFAULT_REVISION = "main"  # as in huggingface_hub
 
 
 def is_offline() -> bool:
-    """Whether the user wants no request to the Hub: ``HF_HUB_OFFLINE``."""
+    """Return whether ``HF_HUB_OFFLINE`` forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def user_hub_cache() -> Path:
-    """The Hugging Face cache of this user: ``HF_HUB_CACHE``."""
+    """Return the Hugging Face cache folder of this user: ``HF_HUB_CACHE``."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE or constants.default_cache_path)
 
 
 def cached_blob(hub: Path, source: Source, key: str) -> Path:
-    """Where a Hugging Face cache has content of a repository."""
+    """Return the path of a repository's content in a Hugging Face cache; `key` is the checksum of the content."""
     return hub / source.repo_folder / "blobs" / key
 
 
 class HubCacheOrigin:
-    """An origin of what Hugging Face caches hold; see `Origin`.
+    """An origin that reads from Hugging Face caches; see `Origin`.
 
-    Names of content are its checksums there, so what is read is compared like what comes from the Hub.
+    These caches name content by its checksum, so the bytes are verified like bytes from the Hub.
 
     Parameters
     ----------
     folders
-        In the order in which they are asked.
+        The cache folders, in the order in which they are searched.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -57,41 +58,44 @@ class HubCacheOrigin:
 
     @classmethod
     def replacing_the_hub(cls, folders: Sequence[Path]) -> Callable[[str, Settings], Origin]:
-        """Return what makes origins that ask `folders` where others would ask the Hub."""
+        """Return a factory of origins that uses `folders` instead of the Hub, and `origin_for` for other schemes."""
 
-        def make(scheme: str, settings: Settings) -> Origin:
+        def create(scheme: str, settings: Settings) -> Origin:
             return cls(folders) if scheme == "hf" else origin_for(scheme, settings)
 
-        return make
+        return create
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
-        """See `Origin.resolve`: a commit is what all snapshots of it show together, all that was ever wanted."""
+        """See `Origin.resolve`. The files of a commit are those of all its snapshots in `folders` together."""
         repos = [folder / source.repo_folder for folder in self._folders]
         revision = safe_path(source.revision or _DEFAULT_REVISION)
-        commit = next((commit for repo in repos if (commit := _commit(repo, revision))), "")
+        commit = next((commit for repo in repos if (commit := _find_commit(repo, revision))), "")
         files: dict[str, File | None] = {}
         for repo in repos if commit else ():
-            for name, file in _shown(repo / "snapshots" / commit).items():
+            for name, file in _list_snapshot(repo / "snapshots" / commit).items():
                 files[name] = files.get(name) or file
-        wanted = {name: file for name, file in files.items() if any(is_below(name, path) for path in paths)}
-        if all(any(is_below(name, path) for name in wanted) for path in paths):
-            there = tuple(file for _, file in sorted(wanted.items()) if file)
-            if len(there) == len(wanted):
-                return PinnedSource(source, commit, there)
-            lost = ", ".join(name for name, file in wanted.items() if file is None)
-            raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and the content is gone of {lost}", subject=str(source))
-        raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and {self._lacking(source, revision, paths, list(files))}")
+        requested = {name: file for name, file in files.items() if any(is_below(name, path) for path in paths)}
+        if all(any(is_below(name, path) for name in requested) for path in paths):
+            cached = tuple(file for _, file in sorted(requested.items()) if file)
+            if len(cached) == len(requested):
+                return PinnedSource(source, commit, cached)
+            without_content = ", ".join(name for name, file in requested.items() if file is None)
+            raise OriginUnreachable(
+                f"HF_HUB_OFFLINE is set, and the cache lacks the content of {without_content}", subject=str(source)
+            )
+        missing = self._describe_missing(source, revision, paths, list(files))
+        raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and {missing}")
 
-    def _lacking(self, source: Source, revision: str, paths: Sequence[str], there: list[str]) -> str:
-        where = ", ".join(map(str, self._folders))
-        lost = next((path for path in paths if not any(is_below(name, path) for name in there)), "")
-        if there:
-            return f"{lost!r} is not among what {where} have of {source} at {revision}{suggest_similar(lost, there)}"
+    def _describe_missing(self, source: Source, revision: str, paths: Sequence[str], names: list[str]) -> str:
+        folders = ", ".join(map(str, self._folders))
+        if names:
+            path = next((path for path in paths if not any(is_below(name, path) for name in names)), "")
+            return f"{path!r} of {source} at {revision} is not in {folders}{suggest_similar(path, names)}"
         repos = [folder / source.repo_folder for folder in self._folders]
         if refs := [ref.name for repo in repos for ref in (repo / "refs").glob("*")]:
-            return f"of {source} there is no revision {revision!r} in {where}, which have {', '.join(refs)}"
-        known = [name for folder in self._folders for name in _names_in(folder)]
-        return f"{source} is not in {where}{suggest_similar(source.root, known)}"
+            return f"revision {revision!r} of {source} is not in {folders}, which have {', '.join(refs)}"
+        known = [repo_id for folder in self._folders for repo_id in _list_repo_ids(folder)]
+        return f"{source} is not in {folders}{suggest_similar(source.root, known)}"
 
     def read(
         self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
@@ -103,30 +107,30 @@ class HubCacheOrigin:
             with contextlib.suppress(OSError):
                 if blob.stat().st_size == file.size:
                     return read_file(blob, start, stop)
-        raise SourceNotFound("not there any more", subject=f"{pinned.name}/{path}")
+        raise SourceNotFound("no longer in the Hugging Face cache", subject=f"{pinned.name}/{path}")
 
     def check_access(self, source: Source) -> None:
-        """See `Origin.check_access`: what is there was found in the survey."""
-        raise Unreachable("HF_HUB_OFFLINE is set", subject=str(source))
+        """See `Origin.check_access`. It always fails: the survey has already found the files in these caches."""
+        raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=str(source))
 
     def close(self) -> None:
         """See `Origin.close`."""
 
 
-def _commit(repo: Path, revision: str) -> str:
-    """The commit of a branch, a tag or a commit; empty when it is not there."""
+def _find_commit(repo: Path, revision: str) -> str:
+    """Return the commit of a branch, a tag or a commit; empty if the cache does not have it."""
     with contextlib.suppress(OSError, ValueError):
         commit = (repo / "refs" / revision).read_text().strip()
         return commit if commit.isalnum() else ""
     return revision if revision.isalnum() and (repo / "snapshots" / revision).is_dir() else ""
 
 
-def _shown(snapshot: Path) -> dict[str, File | None]:
-    """What a snapshot shows, by its name; None for links that lead nowhere."""
+def _list_snapshot(snapshot: Path) -> dict[str, File | None]:
+    """Return the files of a snapshot by path; None for a broken link, whose content was removed."""
     files: dict[str, File | None] = {}
-    for above, _, names in os.walk(snapshot):
+    for folder, _, names in os.walk(snapshot):
         for name in names:
-            path = Path(above, name)
+            path = Path(folder, name)
             inside = path.relative_to(snapshot).as_posix()
             if checksum := Checksum.parse(path.resolve().name):
                 try:
@@ -134,11 +138,11 @@ def _shown(snapshot: Path) -> dict[str, File | None]:
                 except OSError:
                     files[inside] = None
                 except ValueError:
-                    pass  # a name that no source may have
+                    pass  # not a valid path in a source
     return files
 
 
-def _names_in(folder: Path) -> list[str]:
+def _list_repo_ids(folder: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return ["/".join(entry.name.split("--")[1:]) for entry in folder.iterdir() if "--" in entry.name]
     return []

@@ -27,149 +27,151 @@ from weightferry.sources import Source
 
 logger = logging.getLogger(__name__)
 
-_MOST_REDIRECTS = 5
+_MAX_REDIRECTS = 5
 
 
 class HubContent:
-    """Reads files, whole or in ranges.
+    """Reads files or ranges of them.
 
-    A large file costs the Hub one request a process and link, however many ranges of it are read: they are read where
-    the link leads until it is refused or ends, or through Xet. The token stays with the Hub.
+    For a large file, a process sends one request to the Hub for each signed URL, regardless of the number of ranges.
+    The ranges are read from the signed URL until the CDN refuses it or it expires, or through Xet. The token is sent
+    only to the Hub.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._options = {"timeout": timeouts(settings)}
         self._client = new_client(settings)
-        self._own_route = True
-        self._links = SignedUrlCache()
+        self._use_own_client = True
+        self._urls = SignedUrlCache()
         self._xet = XetReader(settings)
         self._use_xet = self._xet.available
 
     @contextmanager
-    def read(self, source: Source, file: File, wanted: RangeRequest) -> Iterator[Iterator[bytes]]:
-        """Open what is `wanted` and yield its bytes; errors as of `get_range`.
+    def read(self, source: Source, file: File, request: RangeRequest) -> Iterator[Iterator[bytes]]:
+        """Open a range of a file and yield its bytes; raises the errors of `get_range`.
 
         Parameters
         ----------
-        wanted
-            Its URL is the one at the Hub.
+        request
+            The request, with the URL at the Hub.
         """
-        with ExitStack() as opened:
-            if file.checksum is None or file.checksum.algorithm != "sha256":  # only files in LFS are behind links
-                yield opened.enter_context(self._from_hub(source, wanted)).iter_raw()
+        with ExitStack() as stack:
+            if file.checksum is None or file.checksum.algorithm != "sha256":  # only LFS files have signed URLs
+                yield stack.enter_context(self._from_hub(source, request)).iter_raw()
                 return
-            ask = partial(self._locate, source, wanted)
-            link = self._links.get(wanted.url, ask)
-            if link.xet and self._use_xet and wanted.start < link.xet.size:
-                yield opened.enter_context(closing(self._from_xet(link.xet, source, ask, wanted)))
+            fetch_url = partial(self._request_signed_url, source, request)
+            location = self._urls.get(request.url, fetch_url)
+            if location.xet and self._use_xet and request.start < location.xet.size:
+                yield stack.enter_context(closing(self._from_xet(location.xet, source, fetch_url, request)))
             else:
-                yield self._open(opened, source, ask, wanted).iter_raw()
+                yield self._open(stack, source, fetch_url, request).iter_raw()
 
     def close(self) -> None:
-        """Close what is ours; huggingface_hub's session, which the process shares, stays open."""
+        """Close the own connections; the session of huggingface_hub stays open, since the process shares it."""
         self._client.close()
         self._xet.close()
 
     def _from_xet(
-        self, file: XetFile, source: Source, ask: Callable[[], SignedUrl], wanted: RangeRequest
+        self, file: XetFile, source: Source, fetch_url: Callable[[], SignedUrl], request: RangeRequest
     ) -> Generator[bytes, None, None]:
-        """Read through Xet, and what that fails to bring, by the link; nothing is asked of Xet a second time."""
-        done, stop = wanted.start, file.size if wanted.stop is None else min(wanted.stop, file.size)
+        """Read through Xet; if that fails, read the rest from the signed URL, and do not use Xet again."""
+        position, stop = request.start, file.size if request.stop is None else min(request.stop, file.size)
         try:
-            for chunk in self._xet.read(file, done, stop, headers(token=True)):
-                done += len(chunk)
+            for chunk in self._xet.read(file, position, stop, headers(token=True)):
+                position += len(chunk)
                 yield chunk
         except TransientOriginError as error:
-            logger.warning("%s: %s; going on by plain http from byte %d", wanted.subject, error, done)
+            logger.warning("%s: %s; continuing over plain HTTP from byte %d", request.subject, error, position)
             self._use_xet = False
-        if done < stop:
-            with ExitStack() as opened:
-                yield from self._open(opened, source, ask, replace(wanted, start=done, stop=stop)).iter_raw()
+        if position < stop:
+            with ExitStack() as stack:
+                yield from self._open(stack, source, fetch_url, replace(request, start=position, stop=stop)).iter_raw()
 
-    def _open(self, opened: ExitStack, source: Source, ask: Callable[[], SignedUrl], wanted: RangeRequest) -> Any:
-        """Open the end of the link; one that is refused is asked for anew, once."""
-        link = self._links.get(wanted.url, ask)
+    def _open(self, stack: ExitStack, source: Source, fetch_url: Callable[[], SignedUrl], request: RangeRequest) -> Any:
+        """Open the signed URL; if the CDN refuses it, request a new one, once."""
+        location = self._urls.get(request.url, fetch_url)
         try:
-            return opened.enter_context(self._from_link(source, link, wanted))
+            return stack.enter_context(self._from_signed_url(source, location, request))
         except (AccessDenied, SourceNotFound):
-            if not link.url:
+            if not location.url:
                 raise
-        link = self._links.get(wanted.url, ask, refused=link)
-        return opened.enter_context(self._from_link(source, link, wanted))
+        location = self._urls.get(request.url, fetch_url, refused=location)
+        return stack.enter_context(self._from_signed_url(source, location, request))
 
-    def _from_hub(self, source: Source, wanted: RangeRequest) -> Any:
-        session = CheckedSession(get_session(), source, wanted.subject)
-        return get_range(session, replace(wanted, headers=headers(token=True)), follow_redirects=True, **self._options)
+    def _from_hub(self, source: Source, request: RangeRequest) -> Any:
+        session = CheckedSession(get_session(), source, request.subject)
+        return get_range(session, replace(request, headers=headers(token=True)), follow_redirects=True, **self._options)
 
     @contextmanager
-    def _from_link(self, source: Source, link: SignedUrl, wanted: RangeRequest) -> Iterator[Any]:
-        if not link.url:
-            with self._from_hub(source, wanted) as response:
+    def _from_signed_url(self, source: Source, location: SignedUrl, request: RangeRequest) -> Iterator[Any]:
+        if not location.url:
+            with self._from_hub(source, request) as response:
                 yield response
             return
-        wanted = replace(wanted, url=link.url, headers=headers(token=False))
-        with ExitStack() as opened:
-            yield self._by_a_route_that_works(opened, wanted)
+        request = replace(request, url=location.url, headers=headers(token=False))
+        with ExitStack() as stack:
+            yield self._open_with_fallback(stack, request)
 
-    def _by_a_route_that_works(self, opened: ExitStack, wanted: RangeRequest) -> Any:
-        if self._own_route:
+    def _open_with_fallback(self, stack: ExitStack, request: RangeRequest) -> Any:
+        if self._use_own_client:
             try:
-                return opened.enter_context(get_range(self._client, wanted))
+                return stack.enter_context(get_range(self._client, request))
             except Unreachable:
-                # A program may have taught huggingface_hub (`set_client_factory`) about a proxy or certificates, and
-                # only its session knows of them.
+                # A program can configure a proxy or certificates with `set_client_factory` of huggingface_hub. Only the
+                # session of huggingface_hub uses them.
                 pass
-        response = opened.enter_context(get_range(get_session(), wanted, follow_redirects=True, **self._options))
-        self._own_route = False
+        response = stack.enter_context(get_range(get_session(), request, follow_redirects=True, **self._options))
+        self._use_own_client = False
         return response
 
-    def _locate(self, source: Source, wanted: RangeRequest) -> SignedUrl:
-        """Ask the Hub where the content is; redirects on the Hub itself, as to a repository's new name, are followed.
+    def _request_signed_url(self, source: Source, request: RangeRequest) -> SignedUrl:
+        """Request the location of the content from the Hub.
 
-        With GET, as any reader of the content would ask. Of a Hub that sends the content itself only one byte is read.
+        Redirects within the Hub, such as to a renamed repository, are followed. The request is a GET, as for any reader
+        of the content, but for a single byte, in case the Hub sends the content itself.
         """
-        url, asked = wanted.url, {**headers(token=True), **IDENTITY, "Range": "bytes=0-0"}
-        session = CheckedSession(get_session(), source, wanted.subject)
-        for _ in range(_MOST_REDIRECTS):
+        url, sent_headers = request.url, {**headers(token=True), **IDENTITY, "Range": "bytes=0-0"}
+        session = CheckedSession(get_session(), source, request.subject)
+        for _ in range(_MAX_REDIRECTS):
             with (
-                translate_http_errors(wanted.subject),
-                session.stream("GET", url, headers=asked, follow_redirects=False, **self._options) as response,
+                translate_http_errors(request.subject),
+                session.stream("GET", url, headers=sent_headers, follow_redirects=False, **self._options) as response,
             ):
                 if not response.has_redirect_location:
                     return SignedUrl()
-                response.read()  # so that the connection can be used again
+                response.read()  # so that the connection can be reused
                 target = urljoin(url, response.headers["Location"])
-                xet = _xet_file(url, response, wanted.size)
+                xet = _xet_file(url, response, request.size)
             if not _same_server(url, target):
                 return SignedUrl(target, xet)
             url = target
-        raise OriginError(f"more than {_MOST_REDIRECTS} redirects", subject=wanted.subject)
+        raise OriginError(f"the Hub answered with more than {_MAX_REDIRECTS} redirects", subject=request.subject)
 
 
 def content_url(source: Source, revision: str, path: str) -> str:
-    """Where the Hub answers for a file."""
-    # hf_hub_url quotes neither of these two where it should not: `quote` is what its own callers rely on.
+    """Return the URL of a file on the Hub."""
+    # hf_hub_url quotes path and revision itself; `quote` changes nothing in a commit or a plain branch name.
     return hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(revision, safe=""))
 
 
 def headers(*, token: bool) -> dict[str, str]:
-    """Make the headers of a request, for the Hub with the token of this rank if it has one."""
-    # Not huggingface_hub's build_hf_headers: in 2.x it may ask the Hub a question of its own first, which every leader
-    # of a job would do. Whether a token is sent follows its rule.
+    """Return the headers of a request; with `token`, those for the Hub, with the token of this rank if it has one."""
+    # This does not use huggingface_hub's build_hf_headers: in 2.x it may first send its own request to the Hub, and
+    # every leader of a job would do so. The rule when a token is sent is the same.
     secret = get_token() if token and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else None
     return {"User-Agent": f"weightferry/{__version__}", **({"Authorization": f"Bearer {secret}"} if secret else {})}
 
 
 def _xet_file(url: str, response: Any, size: int | None) -> XetFile | None:
-    """What the Hub says of Xet; the token goes along to where it gives those for Xet, so that must be the Hub too."""
-    said = parse_xet_file_data_from_response(response, endpoint=constants.ENDPOINT)
-    if said is None or not size or not _same_server(url, said.refresh_route):
+    """Return the Xet data of a response; None unless the URL for Xet tokens, which gets our token, is on the Hub."""
+    data = parse_xet_file_data_from_response(response, endpoint=constants.ENDPOINT)
+    if data is None or not size or not _same_server(url, data.refresh_route):
         return None
-    return XetFile(said.file_hash, size, said.refresh_route)
+    return XetFile(data.file_hash, size, data.refresh_route)
 
 
-def _same_server(one: str, other: str) -> bool:
-    """Whether a redirect stays where it was, an upgrade to https included: the token may go along."""
-    a, b = urlsplit(one), urlsplit(other)
+def _same_server(url: str, target: str) -> bool:
+    """Return whether a redirect stays on its server, or only upgrades to https: then it may get the token."""
+    a, b = urlsplit(url), urlsplit(target)
     upgraded = (a.scheme, b.scheme) == ("http", "https") and a.port in (None, 80) and b.port in (None, 443)
     return a.hostname == b.hostname and (upgraded or (a.scheme, a.port) == (b.scheme, b.port))

@@ -1,4 +1,4 @@
-"""What the Hub means by its errors, as huggingface_hub reads them, and what the user can do about them."""
+"""Translates the errors of huggingface_hub into errors of weightferry that say what the user can do."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from weightferry.sources import Source
 
 
 class CheckedSession:
-    """A session whose responses went through huggingface_hub's own reading of the Hub's error codes.
+    """A session that raises the Hub's error codes, as huggingface_hub reads them, as errors of weightferry.
 
-    Its errors are the HTTP library's too, so they must be ours before `get_range` sees them.
+    The errors of huggingface_hub are subclasses of the HTTP library's errors, so they are translated before `get_range`
+    sees them.
     """
 
     def __init__(self, session: Any, source: Source, subject: str) -> None:
@@ -34,44 +35,44 @@ class CheckedSession:
 
     @contextmanager
     def stream(self, method: str, url: str, **options: Any) -> Iterator[Any]:
-        """Send a request, as the session's own `stream`."""
+        """Send a request, with the arguments of the session's `stream`."""
         with hub_errors(self._source, self._subject), self._session.stream(method, url, **options) as response:
             if response.status_code >= 400:
-                response.read()  # the reason may stand in the body
+                response.read()  # the body may contain the reason
                 hf_raise_for_status(response)
             yield response
 
 
 @contextmanager
 def hub_errors(source: Source, subject: str) -> Iterator[None]:
-    """Turn huggingface_hub's errors into ours, with what the user can do about them.
+    """Raise errors of huggingface_hub as errors of weightferry, with a hint for the user.
 
-    ``from None``: their texts hold the signed link to the content, and a traceback would show it.
+    Some are raised ``from None``: their texts contain the signed URL of the content, which a traceback would show.
     """
     try:
         yield
     except GatedRepoError as error:
-        raise access_denied(error, subject, "gated: accept its terms on the Hub, then ") from None
+        raise access_denied(error, subject, "gated repository, accept its terms on the Hub; ") from None
     except RevisionNotFoundError as error:
-        raise SourceNotFound(f"no revision {source.revision or 'main'!r} there", subject=subject) from error
+        raise SourceNotFound(f"no revision {source.revision or 'main'!r} in the repository", subject=subject) from error
     except EntryNotFoundError:
-        raise SourceNotFound("no such file at that commit", subject=subject) from None
+        raise SourceNotFound("no such file at this commit", subject=subject) from None
     except RepositoryNotFoundError as error:
         if error.response is not None and error.response.status_code == 403:
             raise access_denied(error, subject) from None
-        also = " (and no local folder of that name)" if source.guessed else ""
-        hint = f"no such {source.repo_type} on {constants.ENDPOINT}{also}, or it is private and {_token_hint()}"
-        raise SourceNotFound(hint, subject=subject) from error
+        also = " and no local folder of that name" if source.guessed else ""
+        text = f"no such {source.repo_type} on {constants.ENDPOINT}{also}; if it is private: {_token_hint()}"
+        raise SourceNotFound(text, subject=subject) from error
     except OfflineModeIsEnabled as error:
-        raise OriginError("HF_HUB_OFFLINE is set: the Hub may not be asked", subject=subject) from error
+        raise OriginError("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=subject) from error
     except HFValidationError as error:
-        raise SourceNotFound(f"not a repository id: {error}", subject=subject) from error
+        raise SourceNotFound(f"not a valid repository id: {error}", subject=subject) from error
     except HfHubHTTPError as error:
         raise _by_status(error, subject) from None
 
 
 def access_denied(error: HfHubHTTPError, subject: str, prefix: str = "") -> AccessDenied:
-    """Make the error for a token that is missing, or of no use."""
+    """Return the error for a token that is missing, or has no access."""
     status = error.response.status_code if error.response is not None else 401
     return AccessDenied(f"HTTP {status}: {prefix}{_token_hint()}", subject=subject)
 
@@ -80,10 +81,10 @@ def _by_status(error: HfHubHTTPError, subject: str) -> CollectError:
     response = error.response
     if response.status_code in (401, 403):
         return access_denied(error, subject)
-    return status_error(response.status_code, response.headers, subject, said=error.server_message or "")
+    return status_error(response.status_code, response.headers, subject, detail=error.server_message or "")
 
 
 def _token_hint() -> str:
     if get_token():
-        return "the token of this rank (HF_TOKEN, or `hf auth login`) has no access to it"
-    return "this rank has no token: set HF_TOKEN, or run `hf auth login`"
+        return "the token of this rank has no access; set another one with HF_TOKEN or `hf auth login`"
+    return "this rank has no token: set HF_TOKEN or run `hf auth login`"

@@ -1,4 +1,4 @@
-"""Sources pinned in a file: what was resolved where there is a network is not asked again where there is none."""
+"""Lock files: pinned sources in a file, so that a job without a network needs no metadata from an origin."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from weightferry.sources import Source
 
 _VERSION = 1
 
-Content = Callable[[PinnedSource, File], bytes | None]
-"""Returns the bytes of a file that is there already."""
+ReadCached = Callable[[PinnedSource, File], bytes | None]
+"""Returns the bytes of a file that a cache already has; None if no cache has it."""
 
 
 @dataclass(frozen=True)
 class Lockfile:
-    """What a lock file says.
+    """The content of a lock file.
 
     Attributes
     ----------
     path : Path
-        Of the file, for errors.
-    sources : tuple of Pinned
-        With their commits, and sizes and checksums of their files.
+        Path of the lock file, for error texts.
+    sources : tuple of PinnedSource
+        The sources with their commits, and the sizes and checksums of their files.
     """
 
     path: Path
@@ -39,65 +39,72 @@ class Lockfile:
 
     @classmethod
     def load(cls, path: Path) -> Lockfile:
-        """Read it.
+        """Read a lock file.
 
         Raises
         ------
         BadRequest
-            It is not there, or no lock file of this version.
+            The file cannot be read, is not a lock file, or is a lock file of another version.
         """
         try:
-            said = json.loads(path.read_text())
-            if said["version"] != _VERSION:
-                raise BadRequest(f"this lock file is of version {said['version']}, not {_VERSION}", subject=str(path))
-            return cls(path, tuple(_pinned(one) for one in said["sources"]))
+            data = json.loads(path.read_text())
+            if data["version"] != _VERSION:
+                raise BadRequest(
+                    f"the lock file has version {data['version']}, but this release reads version {_VERSION}; make it "
+                    "again with `weightferry prefetch`",
+                    subject=str(path),
+                )
+            return cls(path, tuple(_from_json(source) for source in data["sources"]))
         except OSError as error:
             raise BadRequest(f"the lock file cannot be read: {error.strerror or error}", subject=str(path)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, BadRequest):
                 raise
-            raise BadRequest(f"no lock file: {type(error).__name__}: {error}", subject=str(path)) from error
+            raise BadRequest(
+                f"not a lock file: {type(error).__name__}: {error}. Make one with `weightferry prefetch`",
+                subject=str(path),
+            ) from error
 
     @staticmethod
     def text(manifest: Manifest) -> str:
-        """Make the content of a lock file.
+        """Return the content of a lock file for `manifest`.
 
         Raises
         ------
         BadRequest
-            A source's URL holds a signature: it would be a secret in a file, and ends some day.
+            The URL of a source has a signature: it would be a secret in a file, and it expires.
         """
-        sources = [_said(pinned) for pinned in manifest.sources]
+        sources = [_to_json(pinned) for pinned in manifest.sources]
         return json.dumps({"version": _VERSION, "sources": sources}, indent=2) + "\n"
 
-    def origins(self, held: Content) -> Callable[[str, Settings], Origin]:
-        """Return what makes origins that resolve from this file; they read as the real ones do.
+    def origins(self, read_cached: ReadCached) -> Callable[[str, Settings], Origin]:
+        """Return a factory of origins that resolve from this lock file and read from the real origin.
 
         Parameters
         ----------
-        held
-            Asked first for the content of files that are read to resolve, such as an index of shards.
+        read_cached
+            Called first for the content of a file that is read while resolving, such as an index of shards.
         """
 
-        def make(scheme: str, settings: Settings) -> Origin:
-            return _LockedOrigin(self, scheme, settings, held)
+        def create(scheme: str, settings: Settings) -> Origin:
+            return _LockedOrigin(self, scheme, settings, read_cached)
 
-        return make
+        return create
 
 
 class _LockedOrigin:
-    """An origin that asks nobody what there is; see `Origin`."""
+    """An origin that takes all metadata from a lock file; see `Origin`."""
 
-    def __init__(self, lock: Lockfile, scheme: str, settings: Settings, held: Content) -> None:
-        self._lock, self._scheme, self._settings, self._held = lock, scheme, settings, held
+    def __init__(self, lock: Lockfile, scheme: str, settings: Settings, read_cached: ReadCached) -> None:
+        self._lock, self._scheme, self._settings, self._read_cached = lock, scheme, settings, read_cached
         self._real: Origin | None = None
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         pinned = self._find(source)
-        single = pinned.source.path
+        is_single_file = bool(pinned.source.path)
         files = tuple(file for file in pinned.files if any(is_below(file.path, path) for path in paths))
-        for path in () if single else paths:
+        for path in () if is_single_file else paths:
             if not any(is_below(file.path, path) for file in files):
                 hint = suggest_similar(path, [file.path for file in pinned.files])
                 raise SourceNotFound(f"{path} is not in the lock file {self._lock.path}{hint}", subject=str(source))
@@ -105,26 +112,26 @@ class _LockedOrigin:
 
     def _find(self, source: Source) -> PinnedSource:
         for pinned in self._lock.sources:
-            known = pinned.source
-            root = f"{known.root}/{known.path}" if known.path and source.root != known.root else known.root
-            same = (known.scheme, root, known.repo_type) == (source.scheme, source.root, source.repo_type)
-            if same and source.revision in (None, known.revision, pinned.commit):
+            locked = pinned.source
+            root = f"{locked.root}/{locked.path}" if locked.path and source.root != locked.root else locked.root
+            same = (locked.scheme, root, locked.repo_type) == (source.scheme, source.root, source.repo_type)
+            if same and source.revision in (None, locked.revision, pinned.commit):
                 return pinned
-        there = ", ".join(str(replace(pinned.source, path="")) for pinned in self._lock.sources)
-        raise SourceNotFound(f"not in the lock file {self._lock.path}, which has {there}", subject=str(source))
+        names = ", ".join(str(replace(pinned.source, path="")) for pinned in self._lock.sources)
+        raise SourceNotFound(f"not in the lock file {self._lock.path}, which has {names}", subject=str(source))
 
     def read(
         self, pinned: PinnedSource, path: str, start: int = 0, stop: int | None = None
     ) -> AbstractContextManager[Iterator[bytes]]:
         """See `Origin.read`."""
-        content = self._held(pinned, pinned.file(path))
+        content = self._read_cached(pinned, pinned.file(path))
         if content is not None:
-            return _opened(content[start:stop])
+            return _open_bytes(content[start:stop])
         self._real = self._real or origin_for(self._scheme, self._settings)
         return self._real.read(pinned, path, start, stop)
 
     def check_access(self, source: Source) -> None:
-        """See `Origin.check_access`."""
+        """See `Origin.check_access`; does nothing, since resolving needs no access."""
 
     def close(self) -> None:
         """See `Origin.close`."""
@@ -133,14 +140,16 @@ class _LockedOrigin:
 
 
 @contextmanager
-def _opened(content: bytes) -> Iterator[Iterator[bytes]]:
+def _open_bytes(content: bytes) -> Iterator[Iterator[bytes]]:
     yield iter((content,))
 
 
-def _said(pinned: PinnedSource) -> dict[str, Any]:
+def _to_json(pinned: PinnedSource) -> dict[str, Any]:
     source = pinned.source
     if source.query and not source.identity.endswith(f"?{source.query}"):
-        raise BadRequest("a URL with a signature cannot be locked", subject=str(source))
+        raise BadRequest(
+            "a URL with a signature cannot be written to a lock file: it is a secret and expires", subject=str(source)
+        )
     return {
         "scheme": source.scheme,
         "root": source.root,
@@ -162,21 +171,21 @@ def _said(pinned: PinnedSource) -> dict[str, Any]:
     }
 
 
-def _pinned(said: dict[str, Any]) -> PinnedSource:
+def _from_json(data: dict[str, Any]) -> PinnedSource:
     source = Source(
-        said["scheme"], said["root"], said["path"], said["revision"], repo_type=said["repo_type"], query=said["query"]
+        data["scheme"], data["root"], data["path"], data["revision"], repo_type=data["repo_type"], query=data["query"]
     )
-    for one in said["files"]:
-        if not isinstance(one["size"], int | None):
-            raise ValueError(f"the size of {one['path']} is {one['size']!r}")
+    for file in data["files"]:
+        if not isinstance(file["size"], int | None):
+            raise ValueError(f"the size of {file['path']} is {file['size']!r}")
     files = tuple(
         File(
-            one["path"],
-            one["size"],
-            Checksum(*one["checksum"]) if one["checksum"] else None,
-            one["version"],
-            one["ranges"],
+            file["path"],
+            file["size"],
+            Checksum(*file["checksum"]) if file["checksum"] else None,
+            file["version"],
+            file["ranges"],
         )
-        for one in said["files"]
+        for file in data["files"]
     )
-    return PinnedSource(source, said["commit"], files)
+    return PinnedSource(source, data["commit"], files)

@@ -1,4 +1,4 @@
-"""From what all ranks ask for to one manifest; called on one rank of the job."""
+"""Resolve: turn the requests of all ranks into one manifest. One rank of the job calls it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RequestedFiles:
-    """Where the manifest has what was asked for.
+    """The files of one request, as the manifest has them.
 
     Attributes
     ----------
     source : int
-        Place in `Manifest.sources`.
+        Index in `Manifest.sources`.
     path : str
-        Of a file or folder below that source's root; empty: the root.
+        Requested file or folder below the root of that source; empty for the root.
     files : tuple of str
-        The paths of all its files; of an index, its shards too.
+        Paths of all its files. For an index of shards these include the shards.
     """
 
     source: int
@@ -43,7 +43,7 @@ class RequestedFiles:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A manifest, and what each ask means in it."""
+    """A manifest, and the files in it for each request."""
 
     manifest: Manifest
     found: Mapping[SourceRequest, RequestedFiles]
@@ -57,77 +57,87 @@ def pin_sources(
     *,
     other_ranks_can_ask: bool = False,
 ) -> Resolution:
-    """Pin every source once, however many files of it are wanted.
+    """Resolve every source once, for all requests together.
 
     Parameters
     ----------
-    elsewhere
-        Other ranks could ask too: having no way to an origin is told at once.
+    requests
+        The requests of all ranks.
+    settings
+        Limits for retries and timeouts.
+    monitor
+        Its `check` ends a wait when the operation has failed.
+    origins
+        Creates the origin for a scheme.
+    other_ranks_can_ask
+        Whether other ranks can resolve instead. Then this function raises `OriginUnreachable` without a retry.
 
     Raises
     ------
     CollectError
-        What the text of a source, its origin, or its patterns are wrong about.
+        The text of a source is invalid, its origin failed, or its patterns match no file.
     """
-    understood = {request: _understand(request) for request in requests}
-    roots: dict[Source, list[SourceRequest]] = {}
-    for request, source in understood.items():
-        roots.setdefault(replace(source, path=""), []).append(request)
+    sources = {request: _parse(request) for request in requests}
+    by_root: dict[Source, list[SourceRequest]] = {}
+    for request, source in sources.items():
+        by_root.setdefault(replace(source, path=""), []).append(request)
     pinned_sources: list[PinnedSource] = []
     found: dict[SourceRequest, RequestedFiles] = {}
-    for root, group in roots.items():
-        paths = list(dict.fromkeys(understood[request].path for request in group))
-        with error_context(subject=str(understood[group[0]])), closing(origins(root.scheme, settings)) as origin:
+    for root, same_root in by_root.items():
+        paths = list(dict.fromkeys(sources[request].path for request in same_root))
+        with error_context(subject=str(sources[same_root[0]])), closing(origins(root.scheme, settings)) as origin:
             pinned = call_with_retries(
                 settings, monitor, partial(origin.resolve, root, paths), other_ranks_can_ask=other_ranks_can_ask
             )
-            indexed = {
-                understood[request].path: call_with_retries(
-                    settings, monitor, partial(read_shard_paths, origin, pinned, request, understood[request].path)
+            shards_by_index = {
+                sources[request].path: call_with_retries(
+                    settings, monitor, partial(read_shard_paths, origin, pinned, request, sources[request].path)
                 )
-                for request in group
+                for request in same_root
                 if request.shards
             }
-            if indexed:
-                paths = list(dict.fromkeys([*paths, *(shard for shards in indexed.values() for shard in shards)]))
-                # At the commit that the index was read at; the branch stays the one that was asked for.
+            if shards_by_index:
+                all_shards = (shard for shards in shards_by_index.values() for shard in shards)
+                paths = list(dict.fromkeys([*paths, *all_shards]))
+                # Resolve the shards at the commit of the index. The source keeps the requested branch.
                 at_commit = replace(root, revision=pinned.commit) if root.scheme == "hf" else root
-                again = call_with_retries(settings, monitor, partial(origin.resolve, at_commit, paths))
-                pinned = replace(again, source=pinned.source)
-        for request in group:
-            # A root that turned out to be one file comes back as its folder and the file's path.
-            path = pinned.source.path or understood[request].path
-            shards = indexed[path] if request.shards else ()
-            found[request] = RequestedFiles(len(pinned_sources), path, (*_wanted(request, path, pinned), *shards))
-        kept = {name for request in group for name in found[request].files}
-        pinned_sources.append(replace(pinned, files=tuple(f for f in pinned.files if f.path in kept)))
+                with_shards = call_with_retries(settings, monitor, partial(origin.resolve, at_commit, paths))
+                pinned = replace(with_shards, source=pinned.source)
+        for request in same_root:
+            # If the root is a single file, the origin returns its folder as root and the file as path.
+            path = pinned.source.path or sources[request].path
+            shards = shards_by_index[path] if request.shards else ()
+            files = (*_select_files(request, path, pinned), *shards)
+            found[request] = RequestedFiles(len(pinned_sources), path, files)
+        needed = {name for request in same_root for name in found[request].files}
+        pinned_sources.append(replace(pinned, files=tuple(file for file in pinned.files if file.path in needed)))
     return Resolution(Manifest(tuple(pinned_sources)), found)
 
 
-def _understand(request: SourceRequest) -> Source:
+def _parse(request: SourceRequest) -> Source:
     source = parse_source(request, lambda text: Path(text).is_dir())
     if request.kind is None and source.scheme == "file" and "://" not in request.source:
-        logger.info("%s is a local folder, and used as such", request)
+        logger.info("%s: using the local folder of this name", request)
     elif source.guessed:
-        logger.info("%s is no local folder: taken for a repository of the Hugging Face Hub", request)
+        logger.info("%s: no local folder of this name; using the Hugging Face Hub repository", request)
     return source
 
 
-def _wanted(request: SourceRequest, path: str, pinned: PinnedSource) -> tuple[str, ...]:
-    below = [f.path for f in pinned.files if is_below(f.path, path)]
-    kept = list(
+def _select_files(request: SourceRequest, path: str, pinned: PinnedSource) -> tuple[str, ...]:
+    below = [file.path for file in pinned.files if is_below(file.path, path)]
+    selected = list(
         filter_repo_objects(
             below, allow_patterns=list(request.allow) or None, ignore_patterns=list(request.ignore) or None
         )
     )
-    if not kept:
-        why = f"none of its {len(below)} files matches the patterns" if below else "it has no files"
-        raise BadRequest(why, subject=str(request))
-    return tuple(kept)
+    if not selected:
+        reason = f"none of its {len(below)} files matches the patterns" if below else "it has no files"
+        raise BadRequest(reason, subject=str(request))
+    return tuple(selected)
 
 
 def manifest_entries(found: RequestedFiles, manifest: Manifest) -> tuple[File, ...]:
-    """Return the manifest's entries for what was asked."""
+    """Return the manifest's files of one request."""
     pinned = manifest.sources[found.source]
     names = set(found.files)
     return tuple(file for file in pinned.files if file.path in names)

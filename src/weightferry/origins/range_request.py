@@ -1,4 +1,4 @@
-"""One GET of a file or of a range of it, and what its answer means; shared by plain http and the Hub."""
+"""A GET request for a file or a range of it, and the check of its response; used for plain http and the Hub."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from weightferry.errors import AccessDenied, CollectError, OriginError, SourceCh
 from weightferry.origins.base import Busy, RangeIgnored, Silent, TransientOriginError, Unreachable
 from weightferry.origins.transport import httpx
 
-# 408 and 425 ask for another try by their definition, 429 by RFC 6585; 5xx are the server's own troubles, of which
-# 501 and 505 will not pass.
+# By definition a client may retry after 408 and 425, and after 429 by RFC 6585. 5xx are errors of the server; 501 and
+# 505 are not in the set since they are permanent.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 _BUSY = {429, 503, 529}
 IDENTITY = {"Accept-Encoding": "identity"}
-"""Bytes as they are: a range of compressed bytes is no range of the file."""
+"""Asks for uncompressed bytes: a range of compressed bytes is not a range of the file."""
 
 
 @dataclass(frozen=True)
 class RangeRequest:
-    """What a GET asks for.
+    """A GET request for a file or a range of it.
 
     Attributes
     ----------
     url
-        May hold a signature: never shown.
+        May contain a signature, so it is never shown.
     subject
-        The file, for error texts.
+        Name of the file in error texts.
     start, stop
-        Bytes, `stop` exclusive; None: to the end.
+        Range in bytes; `stop` is exclusive. None: to the end.
     headers
-        Sent along.
+        Additional headers.
     size
-        Of the whole file, in bytes, as it was promised; None: not known.
+        Expected size of the whole file in bytes; None if unknown.
     version
-        What `version_of` said when the file was pinned; empty: not known.
+        Result of `version_of` when the file was pinned; empty if unknown.
     """
 
     url: str = field(repr=False)
@@ -52,82 +52,86 @@ class RangeRequest:
 
     @property
     def is_partial(self) -> bool:
-        """Whether less than the whole is asked for."""
+        """Whether the request is for a range and not for the whole file."""
         return self.start > 0 or self.stop is not None
 
     @property
     def request_headers(self) -> dict[str, str]:
-        """The headers of the request."""
-        request_headers = {**self.headers, **IDENTITY}
+        """All headers of the request."""
+        headers = {**self.headers, **IDENTITY}
         if self.is_partial:
-            request_headers["Range"] = f"bytes={self.start}-" + ("" if self.stop is None else str(self.stop - 1))
-            if self.version.startswith('"'):  # RFC 9110 wants a strong ETag here
-                request_headers["If-Range"] = self.version
-        return request_headers
+            headers["Range"] = f"bytes={self.start}-" + ("" if self.stop is None else str(self.stop - 1))
+            if self.version.startswith('"'):  # RFC 9110 requires a strong ETag here
+                headers["If-Range"] = self.version
+        return headers
 
     def check(self, response: Any) -> None:
-        """Raise unless the answer is these bytes of this file; see `get_range`."""
+        """Raise unless the response has the requested bytes of the pinned file; see `get_range` for the errors."""
         status, headers = response.status_code, response.headers
-        self._same_file(status, headers)
+        self._check_unchanged(status, headers)
         raise_for_status(response, self.subject)
         if self.is_partial and status != 206:
             raise RangeIgnored(self.subject)
         if self.is_partial and not headers.get("Content-Range", "").startswith(f"bytes {self.start}-"):
             raise OriginError(
-                f"asked for {self.request_headers['Range']}, got {headers.get('Content-Range')!r}", subject=self.subject
+                f"the server answered the request for {self.request_headers['Range']} with "
+                f"Content-Range {headers.get('Content-Range')!r}",
+                subject=self.subject,
             )
         if headers.get("Content-Encoding", "identity") != "identity":
-            raise OriginError("the server compresses a body that was asked for as it is", subject=self.subject)
+            raise OriginError("the server compressed the body, against Accept-Encoding: identity", subject=self.subject)
 
-    def _same_file(self, status: int, headers: Mapping[str, str]) -> None:
-        """Raise when the file is not the one that was pinned, whatever way the server has to say so."""
-        beyond_its_end = status == 416 and self.size is not None and self.start < self.size
-        if status == 412 or beyond_its_end:
+    def _check_unchanged(self, status: int, headers: Mapping[str, str]) -> None:
+        """Raise `SourceChanged` if the status, the version or the size shows another file than the pinned one."""
+        range_beyond_end = status == 416 and self.size is not None and self.start < self.size
+        if status == 412 or range_beyond_end:
             raise self._changed(f"HTTP {status}")
         if status not in (200, 206):
             return
-        seen, size = version_of(headers), total_size(headers, status)
-        if self.version and seen and seen != self.version:
-            raise self._changed(f"{self.version} became {seen}")
+        version, size = version_of(headers), total_size(headers, status)
+        if self.version and version and version != self.version:
+            raise self._changed(f"{self.version} became {version}")
         if self.size is not None and size is not None and size != self.size:
             raise self._changed(f"{self.size} bytes became {size}")
 
-    def _changed(self, how: str) -> SourceChanged:
-        return SourceChanged(f"changed at the origin during the transfer ({how})", subject=self.subject)
+    def _changed(self, change: str) -> SourceChanged:
+        return SourceChanged(
+            f"changed at the origin during the transfer: {change}. Start the transfer again", subject=self.subject
+        )
 
 
 @contextmanager
-def get_range(client: Any, wanted: RangeRequest, **options: Any) -> Iterator[Any]:
-    """Open a GET and yield the response, its body not yet read.
+def get_range(client: Any, request: RangeRequest, **options: Any) -> Iterator[Any]:
+    """Send a GET and yield the response before its body is read.
 
     Raises
     ------
     RangeIgnored
-        The whole file came where a part of it was asked for.
+        The server sends the whole file instead of the requested range.
     SourceChanged
-        By its version or size, or by what the server says, it is another file than the one that was pinned.
+        The version, the size or the status shows that the file is not the pinned one.
     TransientOriginError, SourceNotFound, AccessDenied, OriginError
-        By status; also out of the body's iteration, while this context is open.
+        By the status; also while the body is read inside this context.
     """
     with (
-        translate_http_errors(wanted.subject),
-        client.stream("GET", wanted.url, headers=wanted.request_headers, **options) as response,
+        translate_http_errors(request.subject),
+        client.stream("GET", request.url, headers=request.request_headers, **options) as response,
     ):
-        wanted.check(response)
+        request.check(response)
         yield response
 
 
 @contextmanager
 def translate_http_errors(subject: str) -> Iterator[None]:
-    """Turn the HTTP library's errors into ours."""
+    """Raise errors of the HTTP library as errors of weightferry."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        kind = next((ours for theirs, ours in _KINDS if isinstance(error, theirs)), OriginError)
+        kind = next((ours for theirs, ours in _ERROR_CLASSES if isinstance(error, theirs)), OriginError)
         raise kind(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
 
 
-_KINDS: tuple[tuple[Any, type[OriginError]], ...] = (
+_ERROR_CLASSES: tuple[tuple[Any, type[OriginError]], ...] = (
     ((httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError), Unreachable),
     (httpx.ReadTimeout, Silent),
     (httpx.TransportError, TransientOriginError),
@@ -135,14 +139,14 @@ _KINDS: tuple[tuple[Any, type[OriginError]], ...] = (
 
 
 def raise_for_status(response: Any, subject: str) -> None:
-    """Raise what a status means; 2xx means nothing."""
+    """Raise the error of a status of 300 or more."""
     if response.status_code >= 300:
         raise status_error(response.status_code, response.headers, subject)
 
 
-def status_error(status: int, headers: Mapping[str, str], subject: str, said: str = "") -> CollectError:
-    """Make the error for an HTTP status, with what the server `said` about it."""
-    text = f"HTTP {status}" + (f": {redact(said)}" if said else "")
+def status_error(status: int, headers: Mapping[str, str], subject: str, detail: str = "") -> CollectError:
+    """Return the error for an HTTP status; `detail` is the explanation of the server."""
+    text = f"HTTP {status}" + (f": {redact(detail)}" if detail else "")
     if status in (401, 403):
         return AccessDenied(text, subject=subject)
     if status in (404, 410):
@@ -154,12 +158,12 @@ def status_error(status: int, headers: Mapping[str, str], subject: str, said: st
 
 
 def version_of(headers: Mapping[str, str]) -> str:
-    """What tells one state of a file from another."""
+    """Return the validator of a file's version: its ETag, else its modification time; empty if there is neither."""
     return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
 def total_size(headers: Mapping[str, str], status: int) -> int | None:
-    """Bytes of the whole file, as far as the answer to a GET or HEAD tells."""
+    """Return the bytes of the whole file, if the response to a GET or HEAD tells."""
     if status in (206, 416):
         total = headers.get("Content-Range", "").rpartition("/")[2]
         return int(total) if total.isdigit() else None
@@ -168,7 +172,7 @@ def total_size(headers: Mapping[str, str], status: int) -> int | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from ``Retry-After`` (RFC 9110), else from the Hub's ``RateLimit: "api";r=0;t=55``."""
+    """Return the seconds of ``Retry-After`` (RFC 9110), else of the Hub's ``RateLimit: "api";r=0;t=55``."""
     text = headers.get("Retry-After", "")
     if text.isdigit():
         return float(text)

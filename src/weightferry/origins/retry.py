@@ -1,4 +1,4 @@
-"""The one place that tries again."""
+"""Retries: the only module that repeats a failed request."""
 
 from __future__ import annotations
 
@@ -14,82 +14,87 @@ from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 60.0  # seconds; an origin's own Retry-After may ask for more, up to _PATIENCE
-_PATIENCE = 600.0
+_MAX_WAIT = 60.0  # seconds between two attempts; Retry-After of an origin may ask for more
+_MAX_RETRY_AFTER = 600.0  # seconds
 
 T = TypeVar("T")
 
 
 class Monitor(Protocol):
-    """What reading and waiting report to, and where they learn that the operation is over."""
+    """Counts the bytes that are read, and tells a waiting thread that the operation has failed."""
 
     def count_bytes(self, count: int) -> None:
         """Count bytes that came from the origin."""
 
     def check(self) -> None:
-        """Raise when there is no point in going on."""
+        """Raise if the operation has failed, so that further work is useless."""
 
 
 class Retry:
-    """Attempts in a row that brought nothing, against the limits in the settings.
+    """Counts failed attempts in a row, and applies the limits of the settings.
 
-    Refusals and broken connections are counted. Silence is not: it is measured, from the last byte that came or the
-    last refusal, so that a limit in seconds holds whatever the read time-out is.
+    Errors and broken connections are counted. Timeouts without a byte are not counted, but measured in seconds: from
+    the last byte or the last error. So `stall_timeout` holds for any `read_timeout`.
 
     Parameters
     ----------
     settings
-        `retries`, `retry_wait` and `stall_timeout`.
-    watch
-        Looked at while waiting, so that a wait ends when the operation does.
+        Uses `retries`, `retry_wait` and `stall_timeout`.
+    monitor
+        Checked during a wait, so that the wait ends when the operation has failed.
     clock
-        Seconds, of a clock that never goes back.
+        Returns seconds of a monotonic clock.
     """
 
     def __init__(self, settings: Settings, monitor: Monitor, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._monitor = monitor
         self._clock = clock
-        self._failed = 0
-        self._heard = clock()
+        self._failures = 0
+        self._last_progress = clock()
 
-    def moved(self) -> None:
-        """Something came: the count and the silence start again."""
-        self._failed = 0
-        self._heard = self._clock()
+    def reset(self) -> None:
+        """Start the count and the time again, since bytes arrived."""
+        self._failures = 0
+        self._last_progress = self._clock()
 
     def wait(self, error: TransientOriginError) -> None:
-        """Wait before the next attempt, or give up.
+        """Wait before the next attempt, or raise if a limit is reached.
 
         Raises
         ------
         OriginError
-            The limit is reached, or the origin asks for more patience than ten minutes.
+            `retries` attempts in a row have failed, or the origin asks to wait more than ten minutes.
         OriginUnreachable
-            The same, when there is no way to the origin.
+            As before, but no connection to the origin is possible.
         Stalled
-            The origin was silent for `stall_timeout` seconds.
+            The origin sent no byte for `stall_timeout` seconds.
         """
-        seconds = self._after_silence(error) if isinstance(error, Silent) else self._after_refusal(error)
-        logger.info("%s: %s; next attempt in %.1f s", error.subject, error, seconds)
+        seconds = self._wait_after_silence(error) if isinstance(error, Silent) else self._wait_after_error(error)
+        logger.info("%s: %s; retrying in %.1f s", error.subject, error, seconds)
         self._pause(seconds)
         if not isinstance(error, Silent):
-            self._heard = self._clock()
+            self._last_progress = self._clock()
 
-    def _after_silence(self, error: Silent) -> float:
-        silence = self._clock() - self._heard
+    def _wait_after_silence(self, error: Silent) -> float:
+        silence = self._clock() - self._last_progress
         if silence >= self._settings.stall_timeout:
-            raise Stalled(f"{error} (no byte for {silence:.0f} s)", subject=error.subject) from error
-        return _jitter(self._settings.retry_wait)  # the time-out was a wait already
+            raise Stalled(
+                f"{error} (no byte for {silence:.0f} s). Check the network, or raise `stall_timeout`",
+                subject=error.subject,
+            ) from error
+        return _jitter(self._settings.retry_wait)  # the timeout itself was a wait
 
-    def _after_refusal(self, error: TransientOriginError) -> float:
-        self._failed += 1
+    def _wait_after_error(self, error: TransientOriginError) -> float:
+        self._failures += 1
         asked = error.retry_after or 0.0
-        if self._failed > self._settings.retries or asked > _PATIENCE:
-            tries = f"{self._failed} attempts in a row" if asked <= _PATIENCE else f"asks to wait {asked:.0f} s"
+        if self._failures > self._settings.retries or asked > _MAX_RETRY_AFTER:
+            reason = (
+                f"{self._failures} attempts in a row" if asked <= _MAX_RETRY_AFTER else f"asks to wait {asked:.0f} s"
+            )
             kind = OriginUnreachable if isinstance(error, Unreachable) else OriginError
-            raise kind(f"{error} ({tries})", subject=error.subject) from error
-        wait = _jitter(min(_LONGEST, self._settings.retry_wait * 2 ** (self._failed - 1)))
+            raise kind(f"{error} ({reason})", subject=error.subject) from error
+        wait = _jitter(min(_MAX_WAIT, self._settings.retry_wait * 2 ** (self._failures - 1)))
         return asked + wait if asked else wait
 
     def _pause(self, seconds: float) -> None:
@@ -100,19 +105,19 @@ class Retry:
 
 
 def _jitter(seconds: float) -> float:
-    """Spread a wait: the nodes of a job must not come back all at once."""
+    """Return a random part of a wait, so that the nodes of a job do not retry at the same moment."""
     return seconds * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 def call_with_retries(
     settings: Settings, monitor: Monitor, call: Callable[[], T], *, other_ranks_can_ask: bool = False
 ) -> T:
-    """Call until it answers, or until `Retry` gives up.
+    """Return the result of `call`, and retry it after a `TransientOriginError` within the limits of `Retry`.
 
     Parameters
     ----------
-    elsewhere
-        There are others who could call: having no way to the origin is then told at once.
+    other_ranks_can_ask
+        Whether other ranks can make the call instead. Then this function raises `OriginUnreachable` without a retry.
     """
     retry = Retry(settings, monitor)
     while True:

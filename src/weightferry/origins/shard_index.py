@@ -1,4 +1,4 @@
-"""Which files an index of shards names, as `save_pretrained` writes it beside weights cut into several files."""
+"""Reads an index of shards: the file that `save_pretrained` writes beside weights in several files."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from weightferry.origins.base import Origin
 from weightferry.sources import SourceRequest, safe_path
 
 INDEX_SUFFIX = ".index.json"
-"""How such an index is named: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``."""
+"""End of the name of an index: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``."""
 MAX_INDEX_SIZE = 256 << 20
-"""Bytes of an index; those of the largest models of 2026 have 10 MB."""
+"""Maximum bytes of an index; the indexes of the largest models of 2026 have 10 MB."""
 MALFORMED_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What `weight_map` raises for what is no index; `BadRequest`, for a name that climbs out, is a ValueError."""
+"""Errors of `weight_map` for a file that is not an index. `BadRequest`, for a bad file name, is a `ValueError`."""
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name is an index of shards."""
+    """Return whether `name` is the file name of an index of shards."""
     return name.endswith(INDEX_SUFFIX)
 
 
 def read_shard_paths(origin: Origin, pinned: PinnedSource, request: SourceRequest, path: str) -> tuple[str, ...]:
-    """Read an index at its origin; return the paths of its shards, below the root as its own is.
+    """Read an index at its origin; return the paths of its shards below the root of the source.
 
     Raises
     ------
     BadRequest
-        It is no index, or names files that lie elsewhere.
+        The file is not an index, or it names files outside of its folder.
     CollectError
-        As `Origin.read`.
+        As of `Origin.read`.
     """
     file = pinned.file(path)
     content = bytearray()
@@ -39,27 +39,27 @@ def read_shard_paths(origin: Origin, pinned: PinnedSource, request: SourceReques
         for chunk in chunks:
             content += chunk
             if len(content) > min(MAX_INDEX_SIZE, MAX_INDEX_SIZE if file.size is None else file.size):
-                raise BadRequest(f"no index of shards: it has more than {len(content) - 1} bytes", subject=str(request))
+                raise BadRequest(f"not an index of shards: more than {len(content) - 1} bytes", subject=str(request))
     return tuple(posixpath.join(posixpath.dirname(path), name) for name in shard_names(bytes(content), str(request)))
 
 
 def shard_names(content: bytes, subject: str) -> tuple[str, ...]:
-    """Return the names of the files that an index names, each once, relative to its own folder.
+    """Return the file names in an index, each once, relative to the folder of the index.
 
     Raises
     ------
     BadRequest
-        It is no index, or a name climbs out of its folder.
+        `content` is not an index, or a name is outside of its folder.
     """
     try:
         names = tuple(dict.fromkeys(weight_map(content).values()))
     except MALFORMED_ERRORS as error:
-        raise BadRequest(f"no index of shards ({type(error).__name__}: {error})", subject=subject) from error
+        raise BadRequest(f"not an index of shards ({type(error).__name__}: {error})", subject=subject) from error
     if not names:
-        raise BadRequest("this index names no shards", subject=subject)
+        raise BadRequest("the index names no shards", subject=subject)
     return names
 
 
 def weight_map(content: bytes) -> dict[str, str]:
-    """Return which file holds which tensor; what is no index raises one of `MALFORMED_ERRORS`."""
-    return {name: safe_path(where) for name, where in json.loads(content)["weight_map"].items()}
+    """Return, for each tensor, the name of its file; raise one of `MALFORMED_ERRORS` if it is not an index."""
+    return {tensor: safe_path(file) for tensor, file in json.loads(content)["weight_map"].items()}

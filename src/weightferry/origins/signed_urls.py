@@ -1,4 +1,4 @@
-"""Signed links to the content of files, asked for once and kept until they are refused or expire."""
+"""A cache of signed URLs: each is requested once, and kept until a server refuses it or it expires."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from urllib.parse import parse_qs, urlsplit
 
 from weightferry.origins.xet import XetFile
 
-_MARGIN = 10.0  # seconds before its end in which a link is no longer used: clocks differ, and requests take their time
+_MARGIN = (
+    10.0  # seconds before the expiry of a URL in which it is not used any more: clocks differ, and requests take time
+)
 
 
 @dataclass(frozen=True)
 class SignedUrl:
-    """Where the content of one file is.
+    """The location of the content of one file.
 
     Attributes
     ----------
     url
-        A secret while it is valid: whoever holds it may read. Empty: there is no link, the Hub itself sends the bytes.
+        A secret while it is valid: anyone who has it can read the file. Empty if the Hub itself sends the bytes.
     xet
-        The other way to them, where there is one.
+        Location of the same bytes in Xet; None if the file is not in Xet.
     """
 
     url: str = field(default="", repr=False)
@@ -33,54 +35,56 @@ class SignedUrl:
 
     @property
     def expires(self) -> float:
-        """When it ends, in seconds since the epoch, as far as its query tells: by CloudFront, S3 or GCS."""
+        """Time of expiry in seconds since the epoch, from the query of CloudFront, S3 or GCS; infinite if unknown."""
         query = {name.lower(): values[-1] for name, values in parse_qs(urlsplit(self.url).query).items()}
-        ends = [float(query["expires"])] if query.get("expires", "").isdigit() else []
+        expiries = [float(query["expires"])] if query.get("expires", "").isdigit() else []
         for prefix in ("x-amz-", "x-goog-"):
             try:
-                signed = datetime.strptime(query[f"{prefix}date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
-                ends.append(signed.timestamp() + int(query[f"{prefix}expires"]))
+                signed_at = datetime.strptime(query[f"{prefix}date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+                expiries.append(signed_at.timestamp() + int(query[f"{prefix}expires"]))
             except (KeyError, ValueError):
                 continue
-        return min(ends, default=math.inf)
+        return min(expiries, default=math.inf)
 
 
 class SignedUrlCache:
-    """The links of any number of files, for any number of threads: those who want the same one wait for one question.
+    """Keeps the signed URLs of files. Threads that need the URL of the same file wait for one request.
+
+    Safe to use from several threads.
 
     Parameters
     ----------
     clock
-        Seconds since the epoch.
+        Returns the time in seconds since the epoch.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._kept: dict[Hashable, Future[SignedUrl]] = {}
+        self._urls: dict[Hashable, Future[SignedUrl]] = {}
 
-    def get(self, key: Hashable, ask: Callable[[], SignedUrl], refused: SignedUrl | None = None) -> SignedUrl:
-        """Return the link of `key`: a kept one unless it is `refused` or over, else what `ask` returns.
+    def get(self, key: Hashable, fetch_url: Callable[[], SignedUrl], refused: SignedUrl | None = None) -> SignedUrl:
+        """Return the URL of `key`: the cached one, unless it is `refused` or expired, else the result of `fetch_url`.
 
-        What `ask` raises is raised in every thread that waits for it, and not kept.
+        An error of `fetch_url` is raised in every thread that waits for it, and is not cached.
         """
         with self._lock:
-            kept = self._kept.get(key)
-            mine = kept is None or (kept.done() and not self._usable(kept.result(), refused))
-            if mine:
-                kept = self._kept[key] = Future()
-        assert kept is not None  # noqa: S101 for the type checker
-        if mine:
-            self._answer(key, kept, ask)
-        return kept.result()
+            pending = self._urls.get(key)
+            is_requester = pending is None or (pending.done() and not self._usable(pending.result(), refused))
+            if is_requester:
+                pending = self._urls[key] = Future()
+        assert pending is not None  # noqa: S101 for the type checker
+        if is_requester:
+            self._fetch(key, pending, fetch_url)
+        return pending.result()
 
-    def _usable(self, link: SignedUrl, refused: SignedUrl | None) -> bool:
-        return link is not refused and link.expires - _MARGIN > self._clock()
+    def _usable(self, location: SignedUrl, refused: SignedUrl | None) -> bool:
+        return location is not refused and location.expires - _MARGIN > self._clock()
 
-    def _answer(self, key: Hashable, promised: Future[SignedUrl], ask: Callable[[], SignedUrl]) -> None:
+    def _fetch(self, key: Hashable, pending: Future[SignedUrl], fetch_url: Callable[[], SignedUrl]) -> None:
         try:
-            promised.set_result(ask())
-        except BaseException as error:  # noqa: BLE001 it is raised where it is waited for, here too
+            pending.set_result(fetch_url())
+        except BaseException as error:  # noqa: BLE001 raised in every thread that waits, and in this one
             with self._lock:
-                del self._kept[key]
-            promised.set_exception(error)
+                del self._urls[key]
+            pending.set_exception(error)

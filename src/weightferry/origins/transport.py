@@ -1,4 +1,4 @@
-"""The HTTP library that all of these modules use, and the clients they make from it."""
+"""The HTTP library of all origins, and the clients that they create with it."""
 
 from __future__ import annotations
 
@@ -14,73 +14,74 @@ from huggingface_hub.errors import HfHubHTTPError
 from weightferry.errors import redact
 from weightferry.settings import Settings
 
-# huggingface_hub speaks through httpx (1.x) or httpx2 (2.x). We use the same one, so that the process has one HTTP
-# library, and so that the errors of its sessions are caught by the right classes.
+# huggingface_hub uses httpx (1.x) or httpx2 (2.x). We use the same library, so that the process has only one, and so
+# that the errors of its sessions have the classes that we catch.
 _LIBRARY = next(kind.__module__ for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
 httpx: Any = import_module(_LIBRARY.partition(".")[0])
-core: Any = import_module(httpx.__name__.replace("httpx", "httpcore"))
+httpcore: Any = import_module(httpx.__name__.replace("httpx", "httpcore"))
 
-_WIDTH = 1 << 18
-"""Bytes asked of a plain socket at a time. The library's own 64 KiB cost a third of the speed of four connections on
-one machine (1.07 GB/s; 256 KiB: 1.6, 1 MiB: 1.5)."""
+_READ_SIZE = 1 << 18
+"""Bytes of one read from a plain socket. With the library's own 64 KiB, four connections on one machine lose a third of
+their speed (1.07 GB/s; 256 KiB: 1.6, 1 MiB: 1.5)."""
 
 
 class _Redacting(logging.Filter):
-    """Hides secrets in what the HTTP library logs: at INFO, the URL of every request, with its signature."""
+    """Removes secrets from log records of the HTTP library, which logs the signed URL of every request at INFO."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(record.getMessage()), ()
         return True
 
 
-# The second ones log the headers of every response at DEBUG; a redirect's Location holds a signature.
-for _name in (httpx.__name__, f"{core.__name__}.http11", f"{core.__name__}.http2"):
+# The loggers of httpcore log the headers of every response at DEBUG; the Location of a redirect has a signature.
+for _name in (httpx.__name__, f"{httpcore.__name__}.http11", f"{httpcore.__name__}.http2"):
     logging.getLogger(_name).addFilter(_Redacting())
 
 
 def timeouts(settings: Settings) -> Any:
-    """Seconds for each wait of a request; a body may take as long as it likes while it moves.
+    """Return the timeouts of a request: seconds for the connection, and between two reads of the body.
 
-    Nobody waits for a place in a pool: how many connections there are is decided by how many threads read.
+    The time of the whole body has no limit. There is no timeout for a place in the connection pool: the number of
+    reading threads decides the number of connections.
     """
-    silence = min(settings.read_timeout, settings.stall_timeout / 3)  # so that asking anew comes before giving up
-    return httpx.Timeout(silence, connect=settings.connect_timeout, pool=None)
+    read = min(settings.read_timeout, settings.stall_timeout / 3)  # so that a retry comes before `stall_timeout`
+    return httpx.Timeout(read, connect=settings.connect_timeout, pool=None)
 
 
 def new_client(settings: Settings) -> Any:
-    """Make a client for plain reads by any number of threads; whoever makes it closes it."""
+    """Create an HTTP client for any number of threads. The caller closes it."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    # With a transport of its own a client does not look for proxies.
-    transport = None if getproxies().keys() - {"no"} else WideTransport(limits)
+    # A client with a custom transport ignores the proxy variables of the environment.
+    transport = None if getproxies().keys() - {"no"} else LargeReadTransport(limits)
     return httpx.Client(transport=transport, limits=limits, follow_redirects=True, timeout=timeouts(settings))
 
 
-class WideTransport(httpx.BaseTransport):  # type: ignore[misc]
-    """The library's own connections, but for the bytes that a plain socket is asked for at a time."""
+class LargeReadTransport(httpx.BaseTransport):  # type: ignore[misc]
+    """The connections of the HTTP library, with a larger read size for plain sockets."""
 
     def __init__(self, limits: Any) -> None:
-        self._pool = core.ConnectionPool(
+        self._pool = httpcore.ConnectionPool(
             ssl_context=httpx.create_ssl_context(),
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
             keepalive_expiry=limits.keepalive_expiry,
-            network_backend=_WideBackend(),
+            network_backend=_LargeReadBackend(),
         )
 
     def handle_request(self, request: Any) -> Any:
-        """Send a request and return the response, its body not yet read."""
+        """Send a request; return the response before its body is read."""
         url = request.url
-        asked = core.Request(
+        lower_request = httpcore.Request(
             method=request.method,
-            url=core.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+            url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
             headers=request.headers.raw,
             content=request.stream,
             extensions=request.extensions,
         )
-        with _renamed():
-            answer = self._pool.handle_request(asked)
+        with _raise_httpx_errors():
+            response = self._pool.handle_request(lower_request)
         return httpx.Response(
-            answer.status, headers=answer.headers, stream=_Body(answer.stream), extensions=answer.extensions
+            response.status, headers=response.headers, stream=_Body(response.stream), extensions=response.extensions
         )
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ class _Body(httpx.SyncByteStream):  # type: ignore[misc]
         self._stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
-        with _renamed():
+        with _raise_httpx_errors():
             yield from self._stream
 
     def close(self) -> None:
@@ -101,25 +102,30 @@ class _Body(httpx.SyncByteStream):  # type: ignore[misc]
 
 
 @contextmanager
-def _renamed() -> Iterator[None]:
-    """Raise the errors of the lower library as those of the upper one, which gave them the same names."""
+def _raise_httpx_errors() -> Iterator[None]:
+    """Raise errors of httpcore as the httpx errors of the same name."""
     try:
         yield
-    except (core.TimeoutException, core.NetworkError, core.ProtocolError, core.UnsupportedProtocol) as error:
+    except (
+        httpcore.TimeoutException,
+        httpcore.NetworkError,
+        httpcore.ProtocolError,
+        httpcore.UnsupportedProtocol,
+    ) as error:
         raise getattr(httpx, type(error).__name__)(str(error)) from error
 
 
-class _WideBackend(core.SyncBackend):  # type: ignore[misc]
+class _LargeReadBackend(httpcore.SyncBackend):  # type: ignore[misc]
     def connect_tcp(self, *args: Any, **kwargs: Any) -> Any:
-        return _WideStream(super().connect_tcp(*args, **kwargs))
+        return _LargeReadStream(super().connect_tcp(*args, **kwargs))
 
 
-class _WideStream(core.NetworkStream):  # type: ignore[misc]
+class _LargeReadStream(httpcore.NetworkStream):  # type: ignore[misc]
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data: bytes = self._stream.read(max(max_bytes, _WIDTH), timeout)
+        data: bytes = self._stream.read(max(max_bytes, _READ_SIZE), timeout)
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -129,7 +135,7 @@ class _WideStream(core.NetworkStream):  # type: ignore[misc]
         self._stream.close()
 
     def start_tls(self, *args: Any, **kwargs: Any) -> Any:
-        # As it is: TLS hands out one record of 16 KiB at a time, whatever it is asked for.
+        # Unchanged: TLS returns one record of at most 16 KiB for each read, for any read size.
         return self._stream.start_tls(*args, **kwargs)
 
     def get_extra_info(self, info: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files of the Hub through Xet, its storage of chunks, where `hf_xet` is installed and nobody switched it off."""
+"""Reads Hub files through Xet, the chunk storage of the Hub, if `hf_xet` is installed and not disabled."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from weightferry.origins.transport import timeouts
 from weightferry.settings import Settings
 
 _WINDOW = 64 << 20
-"""Bytes asked for at a time: a stream reads ahead of its reader, up to all that it was asked for."""
+"""Bytes of one stream: a stream reads ahead of its reader, up to the end of the requested range."""
 
 
 @dataclass(frozen=True)
 class XetFile:
-    """What the Hub says of a file that is in Xet.
+    """A Hub file that is stored in Xet.
 
     Attributes
     ----------
     name
-        Its hash there, in hexadecimal.
+        Hash of the file in Xet, in hexadecimal.
     size
         Bytes.
     token_url
-        Where the Hub gives tokens for the storage.
+        URL at which the Hub returns tokens for Xet.
     """
 
     name: str
@@ -41,9 +41,9 @@ class XetFile:
 
 
 class XetReader:
-    """Reads files by range; one token and one pool of connections for each repository.
+    """Reads ranges of files, with one token and one connection pool for each repository.
 
-    `hf_xet` retries by itself. It is told to do so once, since there is another way to the same bytes.
+    `hf_xet` retries by itself. It is configured for a single attempt, since plain HTTP can read the same bytes.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -55,41 +55,41 @@ class XetReader:
 
     @property
     def available(self) -> bool:
-        """Whether it can be used."""
+        """Whether `hf_xet` can be used."""
         return self._hf_xet is not None
 
     def read(self, file: XetFile, start: int, stop: int, headers: dict[str, str]) -> Iterator[bytes]:
-        """Yield bytes `start` to `stop` in their order.
+        """Yield the bytes from `start` to `stop`, in order.
 
         Parameters
         ----------
         headers
-            For the Hub, which is asked for a token; without its Authorization they go to the storage too.
+            Headers for the token request to the Hub. Without Authorization they are also sent to the storage.
 
         Raises
         ------
         TransientOriginError
-            Whatever went wrong: another way to the bytes may still work.
+            Any failure: a read over plain HTTP may still work.
         """
         with _translate_errors():
             group, info = self._group(file.token_url, headers), self._hf_xet.XetFileInfo(file.name, file.size)
-        for place in range(start, stop, _WINDOW):
-            end = min(place + _WINDOW, stop)
+        for position in range(start, stop, _WINDOW):
+            end = min(position + _WINDOW, stop)
             with _translate_errors():
-                stream = group.download_stream(info, start=place, end=end)
+                stream = group.download_stream(info, start=position, end=end)
             try:
-                while place < end:
+                while position < end:
                     with _translate_errors():
                         chunk = next(stream, b"")
                     if not chunk:
-                        raise TransientOriginError(f"Xet ended at byte {place} of {end}")
-                    place += len(chunk)
+                        raise TransientOriginError(f"Xet ended the stream at byte {position}, before byte {end}")
+                    position += len(chunk)
                     yield chunk
             finally:
                 stream.cancel()
 
     def close(self) -> None:
-        """End what is still under way and forget the tokens."""
+        """Abort the open streams and drop the tokens."""
         with self._lock:
             groups, self._groups, self._session = self._groups, {}, None
         for group in groups.values():
@@ -114,7 +114,7 @@ def _module() -> Any:
         module = import_module("hf_xet")
     except ImportError:
         return None
-    return module if hasattr(module, "XetSession") else None  # older ones write files, and have no streams
+    return module if hasattr(module, "XetSession") else None  # older versions have no streams, they write files
 
 
 def _config(hf_xet: Any, settings: Settings) -> Any:
@@ -125,7 +125,7 @@ def _config(hf_xet: Any, settings: Settings) -> Any:
             "client.read_timeout": timedelta(seconds=limits.read),
             "client.retry_max_attempts": 1,
             "client.retry_base_delay": timedelta(seconds=settings.retry_wait),
-            "telemetry.enabled": False,  # compute nodes often reach nothing but what they were told to reach
+            "telemetry.enabled": False,  # compute nodes often have access to few hosts
         }
     )
 
@@ -134,6 +134,6 @@ def _config(hf_xet: Any, settings: Settings) -> Any:
 def _translate_errors() -> Iterator[None]:
     try:
         yield
-    # All that hf_xet raises: its own classes derive from these two, but for failures of its runtime.
+    # The error classes of hf_xet derive from OSError and ValueError; failures of its runtime are RuntimeErrors.
     except (OSError, ValueError, RuntimeError) as error:
         raise TransientOriginError(redact(f"Xet: {type(error).__name__}: {error}")) from error

@@ -63,7 +63,7 @@ class Fault:
     """
 
     path: str = ""
-    on: Literal["read", "resolve", "reach"] = "read"
+    on: Literal["read", "resolve", "check_access"] = "read"
     times: int | None = 1
     error: Exception | None = None
     cut_after: int | None = None
@@ -159,7 +159,7 @@ class FakeOrigin:
             names = [name for name in self.files if is_below(name, path)]
             if not names:
                 hint = suggest_similar(path, list(self.files))
-                raise SourceNotFound(f"no file or folder {path!r} there{hint}", subject=f"{source}/{path}")
+                raise SourceNotFound(f"no file or folder {path!r} in the source{hint}", subject=f"{source}/{path}")
             wanted |= {name: self.file(name, str(source)) for name in names}
         return PinnedSource(
             source, listing_commit(self.file(name, str(source)) for name in self.files), tuple(wanted.values())
@@ -222,9 +222,9 @@ class FakeOrigin:
             raise Silent("no byte came", subject=subject)
 
     def check_access(self, source: Source) -> None:
-        """See `Origin.check_access`; tell it by a fault who cannot."""
+        """See `Origin.check_access`; a `Fault` on it makes it fail."""
         self.access_checks.append(source)
-        if error := self._fault("reach", "").error:
+        if error := self._fault("check_access", "").error:
             raise error
 
     def close(self) -> None:

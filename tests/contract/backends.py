@@ -1,4 +1,4 @@
-"""The same files behind every kind of origin, for the contract suite."""
+"""A backend for every kind of origin, for the contract tests: all backends serve the same files."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Busy, Origin, TransientOriginError, origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source, SourceRequest, parse_source
-from weightferry.testing import hub as hubs
+from weightferry.testing import hub as hub_server
 from weightferry.testing.origin import FakeOrigin, Fault
 
 
-class Place(Protocol):
-    """Some files behind an origin, and what this kind of origin can do.
+class OriginBackend(Protocol):
+    """Files behind an origin, and the abilities of this kind of origin.
 
     Attributes
     ----------
     origin
-        What is tested.
+        The origin under test.
     lists
-        Whether it knows folders.
+        Whether the origin can list folders.
     """
 
     origin: Origin
     lists: bool
 
     def source(self, path: str = "") -> Source:
-        """What a user writes for the root, or for a file below it, understood."""
+        """Return the parsed source of the root, or of a file below it."""
 
     def put(self, files: Mapping[str, bytes]) -> None:
         """Add or replace files."""
@@ -46,66 +46,66 @@ class Place(Protocol):
     def close(self) -> None: ...
 
 
-def meaning(text: str) -> Source:
+def parse(text: str) -> Source:
     return parse_source(SourceRequest.of(text), lambda _: False)
 
 
-def made(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def create_backend(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return kind(Settings(cache_dir=tmp_path / "cache", connect_timeout=5, read_timeout=5), tmp_path, monkeypatch)
 
 
-def resolve(place: Any, *paths: str) -> PinnedSource:
-    pinned: PinnedSource = place.origin.resolve(place.source(), list(paths))
+def resolve(backend: Any, *paths: str) -> PinnedSource:
+    pinned: PinnedSource = backend.origin.resolve(backend.source(), list(paths))
     return pinned
 
 
-def read(place: Any, pinned: PinnedSource, path: str, *span: int | None) -> bytes:
-    with place.origin.read(pinned, path, *span) as chunks:
+def read(backend: Any, pinned: PinnedSource, path: str, *span: int | None) -> bytes:
+    with backend.origin.read(pinned, path, *span) as chunks:
         return b"".join(chunks)
 
 
-class HubPlace:
+class HubBackend:
     lists = True
 
     def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         del tmp_path
-        self.server = hubs.HubServer(options=hubs.HubOptions(lfs_threshold=1000))
-        point_at(self.server, monkeypatch)
+        self.server = hub_server.HubServer(options=hub_server.HubOptions(lfs_threshold=1000))
+        use_server(self.server, monkeypatch)
         self.origin = origin_for("hf", settings)
         self._files: dict[str, bytes] = {}
 
     def source(self, path: str = "") -> Source:
-        return meaning(f"hf://org/model/{path}")
+        return parse(f"hf://org/model/{path}")
 
     def put(self, files: Mapping[str, bytes]) -> None:
         self._files |= files
         self.server.add_repo("org/model", self._files)
 
-    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
-        self.server.faults.add(hubs.Fault(status=status, headers=headers, times=times))
+    def fail_with(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+        self.server.faults.add(hub_server.Fault(status=status, headers=headers, times=times))
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         self.server.faults.clear()
 
-    def cut(self, after: int) -> None:
-        self.server.faults.add(hubs.Fault(kind="content", cut_after=after, reset=True))
+    def cut_connection(self, after: int) -> None:
+        self.server.faults.add(hub_server.Fault(kind="content", cut_after=after, reset=True))
 
-    def shut(self) -> None:
+    def shut_down(self) -> None:
         self.server.close()
 
     def close(self) -> None:
         self.origin.close()
         close_session()
-        self.shut()
+        self.shut_down()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What a folder shows, by path, links followed."""
+    """Return the content of all files in a folder by path; links are followed."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make huggingface_hub use `server`; it reads HF_ENDPOINT only once, when it is imported."""
+def use_server(server: hub_server.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub use `server`. It reads HF_ENDPOINT only at its import."""
     close_session()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -116,7 +116,7 @@ def point_at(server: hubs.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-class HttpPlace:
+class HttpBackend:
     lists = False
 
     def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,29 +125,29 @@ class HttpPlace:
         self.origin = origin_for("http", settings)
 
     def source(self, path: str = "") -> Source:
-        return meaning(f"{self.web.url}/a%20b/{quote(path, safe='') or 'x'}?X-Amz-Signature=planted&id=7")
+        return parse(f"{self.web.url}/a%20b/{quote(path, safe='') or 'x'}?X-Amz-Signature=planted&id=7")
 
     def put(self, files: Mapping[str, bytes]) -> None:
         self.web.files |= {f"/a b/{path}": content for path, content in files.items()}
 
-    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+    def fail_with(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
         self.web.failures += [(status, dict(headers))] * times
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         self.web.failures.clear()
 
-    def cut(self, after: int) -> None:
+    def cut_connection(self, after: int) -> None:
         self.web.cut_after = after
 
-    def shut(self) -> None:
+    def shut_down(self) -> None:
         self.web.close()
 
     def close(self) -> None:
         self.origin.close()
-        self.shut()
+        self.shut_down()
 
 
-class FolderPlace:
+class FolderBackend:
     lists = True
 
     def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ class FolderPlace:
         self.origin = origin_for("file", settings)
 
     def source(self, path: str = "") -> Source:
-        return meaning(str(self.root / path))
+        return parse(str(self.root / path))
 
     def put(self, files: Mapping[str, bytes]) -> None:
         for path, content in files.items():
@@ -166,7 +166,7 @@ class FolderPlace:
     def close(self) -> None: ...
 
 
-class MemoryPlace:
+class MemoryBackend:
     lists = True
 
     def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ class MemoryPlace:
         self.origin = origin_for("memory", settings)
 
     def source(self, path: str = "") -> Source:
-        return meaning(f"memory:/{self.root}/{path}")
+        return parse(f"memory:/{self.root}/{path}")
 
     def put(self, files: Mapping[str, bytes]) -> None:
         for path, content in files.items():
@@ -186,7 +186,7 @@ class MemoryPlace:
         self.fs.rm(self.root.rpartition("/")[0], recursive=True)
 
 
-class FakePlace:
+class FakeBackend:
     lists = True
 
     def __init__(self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,40 +195,40 @@ class FakePlace:
         self.origin: Origin = self.fake
 
     def source(self, path: str = "") -> Source:
-        return meaning(f"fake://bucket/{path}")
+        return parse(f"fake://bucket/{path}")
 
     def put(self, files: Mapping[str, bytes]) -> None:
         self.fake.files |= files
 
-    def answer(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
+    def fail_with(self, status: int, headers: Mapping[str, str], times: int = 1) -> None:
         wait = float(headers.get("Retry-After", 0)) or None
         kind = Busy if status in (429, 503) else TransientOriginError
         self.fake.faults.append(Fault(times=times, error=kind(f"{status}", retry_after=wait)))
 
-    def cut(self, after: int) -> None:
+    def cut_connection(self, after: int) -> None:
         self.fake.faults.append(Fault(cut_after=after))
 
     def close(self) -> None: ...
 
 
 class WebServer:
-    """A web server over a dict: HEAD, ranges, ETags, and failures to order.
+    """A web server for the files in a dict, with HEAD, ranges, ETags, and failures on request.
 
     Attributes
     ----------
     failures
-        Status and headers of the next answers, in order.
+        Status and headers of the next responses, in order.
     cut_after
-        The next body ends, with its connection, after so many bytes.
+        The server closes the next connection after this many bytes of the body.
     methods
-        What it knows.
+        Supported HTTP methods.
     ranges, etags
-        Whether it knows these.
+        Whether the server supports range requests, and sends ETags.
     accepts
-        What it says of ranges without being asked; None: nothing.
+        Value of the Accept-Ranges header; None: no header.
     sizes
-        Whether a HEAD tells the size.
-    seen
+        Whether the response to a HEAD has a Content-Length.
+    requests
         Method, path with query, and headers of each request.
     """
 
@@ -238,7 +238,7 @@ class WebServer:
         self.cut_after: int | None = None
         self.methods, self.ranges, self.etags, self.sizes = {"HEAD", "GET"}, True, True, True
         self.accepts: str | None = "bytes"
-        self.seen: list[tuple[str, str, dict[str, str]]] = []
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
         self._server.daemon_threads = True
         self.url = f"http://user:pa55w0rd@127.0.0.1:{self._server.server_port}"
@@ -255,14 +255,14 @@ class _Handler(BaseHTTPRequestHandler):
     web: WebServer
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self._respond()
 
     def do_GET(self) -> None:
-        self._answer()
+        self._respond()
 
-    def _answer(self) -> None:
+    def _respond(self) -> None:
         web = self.web
-        web.seen.append((self.command, self.path, dict(self.headers)))
+        web.requests.append((self.command, self.path, dict(self.headers)))
         if web.failures:
             return self._send(*web.failures.pop(0), b"because")
         if self.command not in web.methods:
@@ -274,10 +274,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": etag} if web.etags else {}
         if web.accepts:
             headers["Accept-Ranges"] = web.accepts
-        wanted = self.headers.get("Range", "").removeprefix("bytes=") if web.ranges else ""
-        if not wanted or self.headers.get("If-Range", etag) != etag:
+        byte_range = self.headers.get("Range", "").removeprefix("bytes=") if web.ranges else ""
+        if not byte_range or self.headers.get("If-Range", etag) != etag:
             return self._send(200, headers, content)
-        first, _, last = wanted.partition("-")
+        first, _, last = byte_range.partition("-")
         start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
         if start >= len(content):
             return self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
@@ -291,8 +291,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            cut, self.web.cut_after = self.web.cut_after, None
-            self.wfile.write(body[:cut])
+            cut_after, self.web.cut_after = self.web.cut_after, None
+            self.wfile.write(body[:cut_after])
         self.close_connection = True
 
     def log_message(self, *_: object) -> None: ...
