@@ -1,7 +1,7 @@
-"""Run something once and let every rank have the outcome: what people use `main_process_first` for, with errors.
+"""Call a function once per job, or once per storage domain, and return its value on every rank.
 
-Nobody waits in a collective. What the function raises is raised on every rank, and a rank that dies while the others
-wait for it is named.
+This replaces accelerate's `main_process_first`, with errors: if the function raises an error, every rank raises it; if
+the rank that runs it dies, the other ranks raise an error that names this rank. Ranks do not wait in a collective.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from weightferry.cluster.connect import operation
-from weightferry.phases.agree import RankRequest, agree
+from weightferry.cluster.connect import process_group_coordinator
+from weightferry.phases.agree import agree
+from weightferry.phases.requests import RankRequest
 from weightferry.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,35 +33,35 @@ def run_on_leader(
     Parameters
     ----------
     fn
-        What it returns must pickle.
+        The function. Its value must be picklable.
     folder
-        Ranks that see this folder are one domain; None: the cache folder of the settings.
+        Ranks that see this folder are one storage domain; None: the cache folder of the settings.
     group
-        The ranks that take part; None: all of the default process group.
+        The ranks that take part; None: all ranks of the default process group.
 
     Returns
     -------
     object
-        On every rank, what the leader of its own domain returned.
+        On every rank, the value from the leader of its own domain.
 
     Raises
     ------
     CollectError
-        The same on every rank, when `fn` raised on any leader or a leader died.
+        The same on every rank, if `fn` raises an error on any leader or a leader dies.
     """
     settings = Settings.from_environ(cache_dir=folder)
-    with operation(settings, "run_on_leader", group=group) as coordinator:
+    with process_group_coordinator(settings, "run_on_leader", group=group) as coordinator:
         _, job = agree(coordinator, lambda: RankRequest({}), settings)
-        values: Mapping[int, T] = coordinator.round(
+        values: Mapping[int, T] = coordinator.run_phase(
             "run", lambda: fn(*args, **kwargs), dict, job.leaders, job.role(coordinator.rank)
         )
         return values[job.domain_of(coordinator.rank).leader]
 
 
 def run_on_main(fn: Callable[..., T], *args: Any, group: ProcessGroup | None = None, **kwargs: Any) -> T:
-    """Call ``fn(*args, **kwargs)`` once, on rank 0 (of `group`), and return its value on every rank; collective.
+    """Call ``fn(*args, **kwargs)`` once, on rank 0 of `group`, and return its value on every rank; collective.
 
-    Parameters and errors are those of `run_on_leader`.
+    Parameters and errors are the same as those of `run_on_leader`.
     """
-    with operation(Settings.from_environ(), "run_on_main", group=group) as coordinator:
-        return coordinator.once("run", lambda: fn(*args, **kwargs))
+    with process_group_coordinator(Settings.from_environ(), "run_on_main", group=group) as coordinator:
+        return coordinator.run_on_rank0("run", lambda: fn(*args, **kwargs))

@@ -60,14 +60,14 @@ def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
 
 def report(source: str) -> dict[str, Any]:
     """Stage a source and return the run report."""
-    from weightferry.cluster.connect import operation
-    from weightferry.phases.agree import RankRequest
+    from weightferry.cluster.connect import process_group_coordinator
+    from weightferry.phases.requests import RankRequest
     from weightferry.settings import Settings
     from weightferry.sources import SourceRequest
     from weightferry.staging import collect
 
     settings = Settings.from_environ()
-    with operation(settings, "stage") as coordinator:
+    with process_group_coordinator(settings, "stage") as coordinator:
         return collect(lambda: RankRequest({"": SourceRequest.of(source)}), coordinator, settings).report.to_dict()
 
 

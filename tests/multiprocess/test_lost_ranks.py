@@ -14,12 +14,12 @@ from torch import distributed
 
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import HOST, Nodes, check_cache, sha256s
-from weightferry.cluster.connect import operation
+from weightferry.cluster.connect import process_group_coordinator
 from weightferry.errors import LeaderLost
 from weightferry.settings import Settings
 from weightferry.testing.hub import Fault
 from weightferry.testing.ranks import RankOutcome
-from weightferry.transfer.relay.ring import Neighbour, connect
+from weightferry.transfer.relay.edge import Neighbour, connect
 
 WEIGHTS = os.urandom(12_000_000)  # three pieces: both leaders read
 BEAT_TIMEOUT = 4.0  # seconds; one look-up of a peer's name by torch (see nodes.py) must fit
@@ -167,10 +167,10 @@ def test_rank_0_dies_before_another_one_beats(nodes: Nodes) -> None:
 
 
 def works_while_rank_0_dies() -> None:
-    with operation(Settings.from_environ(), "stage") as coordinator:
+    with process_group_coordinator(Settings.from_environ(), "stage") as coordinator:
         if coordinator.rank == 0:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        coordinator.round("survey", partial(time.sleep, 3), dict)
+        coordinator.run_phase("survey", partial(time.sleep, 3), dict)
 
 
 def test_rank_0_dies_before_another_one_calls(nodes: Nodes) -> None:
@@ -202,13 +202,13 @@ def test_a_neighbour_dies_while_the_ring_is_made(nodes: Nodes) -> None:
 
 def meets_a_neighbour_that_dies() -> None:
     settings = Settings.from_environ()
-    with operation(settings, "stage") as coordinator:
-        coordinator.round("agree", lambda: None, dict)
+    with process_group_coordinator(settings, "stage") as coordinator:
+        coordinator.run_phase("agree", lambda: None, dict)
 
         def work() -> None:
             if coordinator.rank == 0:
                 return
-            with coordinator.meeting("edge") as store:
+            with coordinator.scoped_store("edge") as store:
                 if coordinator.rank == 2:
                     store.set("here/1", "")
                     store.wait(["here/0"])
@@ -217,7 +217,7 @@ def meets_a_neighbour_that_dies() -> None:
                 connect(store, 0, Neighbour(2, "localhost"), settings, coordinator)
 
         try:
-            coordinator.round("transfer", work, dict)
+            coordinator.run_phase("transfer", work, dict)
         except LeaderLost:
             if coordinator.rank == 0:
                 threading.Timer(1.0, os._exit, (0,)).start()  # as a job does, and the store goes with it

@@ -189,7 +189,7 @@ def test_another_rank_may_want_another_revision(model: Nodes) -> None:
 def test_a_local_source_must_be_there_for_every_rank(nodes: Nodes) -> None:
     (nodes.place / "w.bin").write_bytes(b"abc")
     (gots,) = nodes.tries(partial(stage_here, nodes.place))
-    failed_alike(gots, SourceNotFound, "link", {2}, "/proc/self/cwd/w.bin: not there for this rank")
+    failed_alike(gots, SourceNotFound, "link", {2}, "/proc/self/cwd/w.bin: this file does not exist for this rank")
 
 
 def stage_here(place: Path) -> object:

@@ -1,4 +1,4 @@
-"""run_on_leader, run_on_main, parts of the ranks, and jobs that start again under the same store."""
+"""run_on_leader, run_on_main, groups of ranks, and jobs that restart with the same store."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_once_for_the_job(nodes: Nodes) -> None:
     assert note.read_text() == "0\n"
 
 
-def test_in_a_folder_that_all_see(nodes: Nodes) -> None:
+def test_in_a_folder_that_all_ranks_share(nodes: Nodes) -> None:
     (gots,) = nodes.tries(partial(weightferry.run_on_leader, jobs.rank, folder=nodes.place))
     assert values(gots) == [0, 0, 0, 0]
 
 
-def test_what_it_raises_is_raised_everywhere(nodes: Nodes) -> None:
+def test_an_error_is_raised_on_every_rank(nodes: Nodes) -> None:
     main, leaders, after = nodes.tries(
         partial(weightferry.run_on_main, fails),
         partial(weightferry.run_on_leader, fails),
@@ -64,7 +64,7 @@ def test_what_it_raises_is_raised_everywhere(nodes: Nodes) -> None:
 
 
 def by_pairs(place: Path) -> Any:
-    """Ranks 0 and 2, and ranks 1 and 3, each stage something of their own at the same time, twice."""
+    """Stage twice in two groups at the same time: ranks 0 and 2, and ranks 1 and 3."""
     from torch import distributed as dist
 
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
@@ -79,7 +79,7 @@ def by_pairs(place: Path) -> Any:
     return staged, weightferry.run_on_main(jobs.rank, group=groups[number])
 
 
-def test_a_part_of_the_ranks(nodes: Nodes) -> None:
+def test_a_group_of_ranks(nodes: Nodes) -> None:
     for number in (0, 1):
         nodes.hub.add_repo(f"org/m{number}", {"w.bin": bytes([number]) * 100})
     pairs, after = nodes.tries(partial(by_pairs, nodes.place), partial(jobs.stage, "org/m0"))
@@ -89,7 +89,7 @@ def test_a_part_of_the_ranks(nodes: Nodes) -> None:
     assert [files for _, files in values(after)] == [sha256s({"w.bin": bytes(100)})] * 4
 
 
-def test_errors_in_a_part_name_the_ranks_of_the_job(nodes: Nodes) -> None:
+def test_errors_in_a_group_name_the_ranks_of_the_job(nodes: Nodes) -> None:
     (gots,) = nodes.tries(in_the_upper_half)
     for got in gots[:2]:
         assert type(got.error) is BadRequest, got
@@ -112,15 +112,15 @@ from weightferry.cli import main
 first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 main(["stage", "org/model"], standalone_mode=False)
 if first and os.environ["RANK"] == "1":
-    os._exit(3)  # in the middle of the others' next call
+    os._exit(3)  # during the next call of the other rank
 main(["stage", "org/model"], standalone_mode=False)
-# One write a line: the ranks share a log.
+# One write per line: the ranks share a log.
 sys.stdout.write(f"rank {os.environ['RANK']} ends in life {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n")
 """
 
 
 def test_an_elastic_restart_finds_nothing_of_the_attempt_before(nodes: Nodes) -> None:
-    """On the agent's store, which outlives the attempt."""
+    """The agent's store stays when the ranks restart."""
     nodes.hub.add_repo("org/model", FILES)
     script = nodes.place / "again.py"
     script.write_text(AGAIN)
@@ -134,13 +134,13 @@ def test_an_elastic_restart_finds_nothing_of_the_attempt_before(nodes: Nodes) ->
 
 
 def mixed(places: list[list[Path]]) -> list[Any]:
-    """Stage in one job from many states, each in cache folders of its own."""
+    """Stage once for each pair of cache folders, in one job."""
     node = jobs.rank() // 2
     return jobs.each(*(partial(jobs.stage, "org/model", cache_dir=folders[node]) for folders in places))
 
 
 def spoil(folder: Path, state: str, rng: random.Random) -> None:
-    """Bring a cache that is whole into another state."""
+    """Bring a complete cache into another state."""
     blobs = [path for path in folder.glob("hub/*/blobs/*") if path.is_file()]
     for blob in blobs:
         if state == "absent" or (state == "half" and rng.random() < 0.5):
@@ -177,18 +177,18 @@ def test_every_state_of_every_node(nodes: Nodes) -> None:
 
 
 def on_lustre(delay: float, cache: Path) -> Any:
-    """As if ranks 0-1 and 2-3 were on two machines, and the folder on a file system that both may see."""
+    """Simulate ranks 0-1 and 2-3 on two machines, and the folder on a file system that both may share."""
     import time
 
     from weightferry.cluster import domains
 
     began = time.time()
-    setattr(domains, "boot_id", lambda: f"machine{jobs.rank() // 2}")  # noqa: B010 -- its name is imported there
+    setattr(domains, "boot_id", lambda: f"machine{jobs.rank() // 2}")  # noqa: B010 -- the name is imported there
     setattr(domains, "is_local", lambda *_: False)  # noqa: B010
     read, opens = Path.read_text, Path.open
 
     def hidden(path: Path) -> bool:
-        # Young files of the other machine.
+        # New files of the other machine.
         return jobs.rank() >= 2 and cache in path.parents and time.time() < began + delay
 
     def read_text(path: Path, *args: Any, **options: Any) -> str:
@@ -216,7 +216,7 @@ def test_a_folder_that_two_machines_may_share(nodes: Nodes, shared: bool) -> Non
 
 
 def on_localflock(cache: Path) -> Any:
-    """As if there, locks excluded on one machine alone."""
+    """Simulate a file system on which locks exclude only processes of one machine."""
     from weightferry.cache import lock_support
 
     setattr(lock_support, "is_local", lambda *_: False)  # noqa: B010
@@ -226,7 +226,7 @@ def on_localflock(cache: Path) -> Any:
 
 
 def test_locks_that_two_machines_hold_at_once(nodes: Nodes) -> None:
-    need(known(), "the numbers of this machine's system calls are not known here")
+    need(known(), "the system call numbers of this machine are unknown")
     nodes.hub.add_repo("org/model", FILES)
     nodes.shared = True
     (gots,) = nodes.tries(partial(on_localflock, nodes.cache(0)))

@@ -142,7 +142,7 @@ def test_what_followers_get_holds_no_token(private: Nodes, token: str) -> None:
 
 def record_store(call: partial[object]) -> tuple[int, bytes]:
     """Make the call and return what this rank wrote into the store."""
-    from weightferry.cluster import collector, distributed
+    from weightferry.cluster import barrier, distributed, heartbeat
     from weightferry.cluster.store import put
 
     written: list[bytes] = []
@@ -151,7 +151,7 @@ def record_store(call: partial[object]) -> tuple[int, bytes]:
         written.append(value)
         put(store, key, value)
 
-    for module in (distributed, collector):
+    for module in (barrier, distributed, heartbeat):
         assert vars(module)["put"] is put
         vars(module)["put"] = noted
     call()

@@ -56,7 +56,7 @@ def test_a_rank_that_is_stopped_counts_as_lost(slow: Nodes, rank: int) -> None:
     for outcome in stop(slow, rank):
         assert type(outcome.error) is LeaderLost, outcome
         assert {(f.rank, f.phase) for f in outcome.error.failures.values()} == {(rank, "transfer")}
-        assert "no sign of life for " in str(outcome.error)
+        assert "no heartbeat for " in str(outcome.error)
 
 
 def test_an_origin_that_falls_silent_for_good(nodes: Nodes) -> None:
@@ -93,21 +93,21 @@ def test_a_leader_that_cannot_give_up_itself(nodes: Nodes) -> None:
 
 
 def stuck_on_rank_2() -> None:
-    from weightferry.cluster.connect import operation
+    from weightferry.cluster.connect import process_group_coordinator
     from weightferry.settings import Settings
 
     gone = threading.Event()
 
     def work() -> None:
-        coordinator.expect(100)
-        coordinator.moved(10)
-        with coordinator.paused("not yet"):
+        coordinator.expect_bytes(100)
+        coordinator.count_bytes(10)
+        with coordinator.waiting("not yet"):
             gone.wait(4)  # longer than a stall: there is a reason
         if coordinator.rank == 2:
             gone.wait(10)
         else:
-            coordinator.moved(90)
+            coordinator.count_bytes(90)
 
-    with operation(Settings.from_environ(), "stage") as coordinator:
-        coordinator.once("agree", lambda: None)
-        coordinator.round("transfer", work, lambda _: None)
+    with process_group_coordinator(Settings.from_environ(), "stage") as coordinator:
+        coordinator.run_on_rank0("agree", lambda: None)
+        coordinator.run_phase("transfer", work, lambda _: None)

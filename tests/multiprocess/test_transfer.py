@@ -146,7 +146,7 @@ def test_a_wrong_byte_in_the_origins_answer(four: Nodes, times: int | None) -> N
     four.hub.faults.add(Fault(path_suffix="w.bin", kind="content", corrupt_at=21 * MIB, times=times))
     (gots,) = four.tries(partial(jobs.stage, "org/model"))
     if times is None:
-        failed_alike(gots, IntegrityError, "transfer", {0}, "the origin sends other bytes than it promises, twice")
+        failed_alike(gots, IntegrityError, "transfer", {0}, "checksum mismatch after a second download")
         four.hub.faults.clear()
         right(four)
     elif four.hub.faults.left:

@@ -14,17 +14,12 @@ import pytest
 from tests.conftest import need
 from tests.store_answers import answer, known
 from weightferry.cluster.coordinator import LocalCoordinator
-from weightferry.cluster.domains import (
-    FolderIdentity,
-    ProbeResult,
-    StorageDomain,
-    StorageProbe,
-    group,
-    is_local,
-    mount_of,
-)
+from weightferry.cluster.domains import FolderIdentity, StorageDomain, group_by_folder
+from weightferry.cluster.mounts import is_local, mount_of
+from weightferry.cluster.storage_probe import ProbeResult, StorageProbe
 from weightferry.errors import BadRequest, CollectError, PlanMismatch
-from weightferry.phases.agree import JobRequest, RankDescription, RankProbe, RankRequest, RequestComparison
+from weightferry.phases.agree import RankProbe, RequestComparison
+from weightferry.phases.requests import JobRequest, RankDescription, RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 
@@ -33,13 +28,13 @@ HERE, THERE = FolderIdentity("boot0", 1, 1), FolderIdentity("boot1", 1, 1)
 
 
 def agree(said: dict[int, RankDescription]) -> JobRequest:
-    return RequestComparison(range(64)).introduced(said)
+    return RequestComparison(range(64)).compare(said)
 
 
 def says(
-    host: str = "h0", cache: FolderIdentity = HERE, into: FolderIdentity | None = None, **requests: SourceRequest
+    host: str = "h0", cache: FolderIdentity = HERE, link_folder: FolderIdentity | None = None, **requests: SourceRequest
 ) -> RankDescription:
-    return RankDescription(host, f"{host}/0", cache, into, requests)
+    return RankDescription(host, f"{host}/0", cache, link_folder, requests)
 
 
 class TestPlaces:
@@ -53,7 +48,7 @@ class TestPlaces:
 
     def test_numbers_of_another_machine_mean_nothing(self) -> None:
         assert HERE != THERE
-        assert len(group({0: HERE, 1: THERE}, {0: "h0", 1: "h1"})) == 2
+        assert len(group_by_folder({0: HERE, 1: THERE}, {0: "h0", 1: "h1"})) == 2
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -63,10 +58,10 @@ class TestPlaces:
 def test_the_lowest_rank_leads() -> None:
     places = {3: HERE, 1: HERE, 2: THERE, 0: THERE}
     hosts = {0: "h1", 1: "h0", 2: "h1", 3: "h0"}
-    domains = group(places, hosts)
+    domains = group_by_folder(places, hosts)
     assert [(domain.leader, domain.ranks, domain.host) for domain in domains] == [(0, (0, 2), "h1"), (1, (1, 3), "h0")]
     assert [domain.role for domain in domains] == ["leader of ranks 0, 2", "leader of ranks 1, 3"]
-    assert StorageDomain(4, (4,), "h", names=(4,)).role == "leader of its own cache"
+    assert StorageDomain(4, (4,), "h", job_ranks=(4,)).role == "leader of its own cache"
 
 
 class TestAgree:
@@ -86,7 +81,14 @@ class TestAgree:
 
     def test_one_rank_links_what_all_want_in_a_folder(self) -> None:
         links, others = FolderIdentity("boot0", 1, 7), FolderIdentity("boot0", 1, 8)
-        job = agree({0: says(into=links, x=A), 1: says(into=links, y=B), 2: says(into=others, x=B), 3: says(z=A)})
+        job = agree(
+            {
+                0: says(link_folder=links, x=A),
+                1: says(link_folder=links, y=B),
+                2: says(link_folder=others, x=B),
+                3: says(z=A),
+            }
+        )
         assert job.links == {0: {"x": A, "y": B}, 2: {"x": B}}
 
     def test_a_folder_of_links_has_its_own_domains(self) -> None:
@@ -98,7 +100,13 @@ class TestAgree:
     def test_one_link_with_two_sources_names_both_ranks(self) -> None:
         links = FolderIdentity("boot0", 1, 7)
         with pytest.raises(PlanMismatch) as raised:
-            agree({0: says(into=links, y=B), 1: says("h1", into=links, x=A), 5: says("h2", into=links, x=B)})
+            agree(
+                {
+                    0: says(link_folder=links, y=B),
+                    1: says("h1", link_folder=links, x=A),
+                    5: says("h2", link_folder=links, x=B),
+                }
+            )
         text = str(raised.value)
         assert "x is org/a/x.ckpt on rank 1 (h1) and org/b/x.ckpt on rank 5 (h2)" in text
 
@@ -106,28 +114,28 @@ class TestAgree:
         links = FolderIdentity("boot0", 1, 7)
         one, two = SourceRequest.of("https://u:pa55@h/m?sig=s1gn1"), SourceRequest.of("https://u:pa55@h/m?sig=s1gn2")
         with pytest.raises(PlanMismatch) as raised:
-            agree({0: says(into=links, x=one), 1: says(into=links, x=two)})
+            agree({0: says(link_folder=links, x=one), 1: says(link_folder=links, x=two)})
         assert "pa55" not in str(raised.value)
         assert "s1gn" not in str(raised.value)
 
     def test_different_sources_in_different_folders_are_fine(self) -> None:
-        job = agree({0: says(into=HERE, x=A), 1: says(into=THERE, x=B), 2: says(x=B)})
+        job = agree({0: says(link_folder=HERE, x=A), 1: says(link_folder=THERE, x=B), 2: says(x=B)})
         assert job.links == {0: {"x": A}, 1: {"x": B}}
 
 
 class TestIntroduction:
-    def introduce(self, wish: RankRequest, cache: Path) -> RankDescription:
-        return RankProbe(LocalCoordinator("h"), Settings(cache_dir=cache)).introduce(lambda: wish)
+    def describe(self, wish: RankRequest, cache: Path) -> RankDescription:
+        return RankProbe(LocalCoordinator("h"), Settings(cache_dir=cache)).describe(lambda: wish)
 
     def test_folders_are_made(self, tmp_path: Path) -> None:
-        said = self.introduce(RankRequest({"x": A}, into=tmp_path / "a/b"), tmp_path / "cache/deep")
+        said = self.describe(RankRequest({"x": A}, link_folder=tmp_path / "a/b"), tmp_path / "cache/deep")
         assert said == RankDescription(
             "h", "h", FolderIdentity.of(tmp_path / "cache/deep"), FolderIdentity.of(tmp_path / "a/b"), {"x": A}
         )
 
     def test_a_cache_that_cannot_be_is_nobody_elses(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        said = self.introduce(RankRequest({}), tmp_path / "file" / "cache")
+        said = self.describe(RankRequest({}), tmp_path / "file" / "cache")
         assert said.cache.inode == 0
         assert said.cache.device == -1
 
@@ -136,11 +144,13 @@ class TestIntroduction:
             raise BadRequest("no")
 
         with pytest.raises(BadRequest):
-            RankProbe(LocalCoordinator("h"), Settings(cache_dir=tmp_path)).introduce(wish)
+            RankProbe(LocalCoordinator("h"), Settings(cache_dir=tmp_path)).describe(wish)
 
 
 def test_nobody_wants_anything() -> None:
-    assert agree({0: says()}) == JobRequest((), (StorageDomain(0, (0,), "h0", names=(0,)),), {}, 1, 1, tiers={0: ()})
+    assert agree({0: says()}) == JobRequest(
+        (), (StorageDomain(0, (0,), "h0", job_ranks=(0,)),), {}, 1, 1, tiers={0: ()}
+    )
 
 
 LUSTRE = [FolderIdentity(f"boot{machine}", 5, machine, local=False) for machine in range(4)]
@@ -155,47 +165,47 @@ class TestMeeting:
             rank: replace(says(f"h{rank}", LUSTRE[rank], x=A), domain=name)
             for rank, name in enumerate(domains or ("",) * 4)
         }
-        return comparing, comparing.introduced(said)
+        return comparing, comparing.compare(said)
 
     def test_nothing_is_tried_where_nothing_is_open(self) -> None:
-        assert agree({0: says(), 1: says("h1", THERE)}).token == ""
-        assert agree({0: says(cache=LUSTRE[0]), 1: says(cache=LUSTRE[0])}).token == ""
-        assert agree({0: says(cache=LUSTRE[0]), 1: says("h1", THERE)}).token == ""
+        assert agree({0: says(), 1: says("h1", THERE)}).probe_token == ""
+        assert agree({0: says(cache=LUSTRE[0]), 1: says(cache=LUSTRE[0])}).probe_token == ""
+        assert agree({0: says(cache=LUSTRE[0]), 1: says("h1", THERE)}).probe_token == ""
 
     def test_two_share_and_two_do_not(self) -> None:
         comparing, job = self.comparing()
-        assert job.token
-        assert job.caches == (0, 1, 2, 3)
-        met = comparing.met(
+        assert job.probe_token
+        assert job.probe_caches == (0, 1, 2, 3)
+        merge = comparing.merge(
             {0: (ProbeResult(1), None), 1: (ProbeResult(1), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
         )
-        assert [domain.ranks for domain in met.domains] == [(0, 1), (2,), (3,)]
-        assert met.leaders == (0, 2, 3)
-        assert met.token == ""
-        assert met.lag
+        assert [domain.ranks for domain in merge.domains] == [(0, 1), (2,), (3,)]
+        assert merge.leaders == (0, 2, 3)
+        assert merge.probe_token == ""
+        assert merge.may_show_late
 
     def test_one_folder_of_links_for_all_machines(self) -> None:
         comparing = RequestComparison(range(4))
         into = [replace(place, inode=9) for place in LUSTRE]
-        job = comparing.introduced({n: says(f"h{n}", FolderIdentity(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
-        assert (job.caches, job.folders) == ((), (0, 1, 2, 3))
-        met = comparing.met(dict.fromkeys(range(4), (None, ProbeResult(2))))
-        assert list(met.links) == [0]
-        assert met.leaders == (0, 1, 2, 3)
+        job = comparing.compare({n: says(f"h{n}", FolderIdentity(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
+        assert (job.probe_caches, job.probe_link_folders) == ((), (0, 1, 2, 3))
+        merge = comparing.merge(dict.fromkeys(range(4), (None, ProbeResult(2))))
+        assert list(merge.links) == [0]
+        assert merge.leaders == (0, 1, 2, 3)
 
     def test_a_domain_that_the_user_names_is_compared(self) -> None:
         comparing, _ = self.comparing("a", "a", "b", "c")
-        assert comparing.met(
+        assert comparing.merge(
             {0: (ProbeResult(0), None), 1: (ProbeResult(0), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
         ).leaders == (
             0,
             2,
             3,
         )
-        with pytest.raises(PlanMismatch, match="different ones"):
-            comparing.met({n: (ProbeResult(n), None) for n in range(4)})
+        with pytest.raises(PlanMismatch, match="these are different cache folders"):
+            comparing.merge({n: (ProbeResult(n), None) for n in range(4)})
         with pytest.raises(PlanMismatch, match="see one cache folder, but WEIGHTFERRY_DOMAIN says 'a' and 'b'"):
-            comparing.met(
+            comparing.merge(
                 {
                     0: (ProbeResult(0), None),
                     1: (ProbeResult(0), None),
@@ -207,46 +217,46 @@ class TestMeeting:
     def test_what_the_user_names_against_what_is_proven(self) -> None:
         with pytest.raises(PlanMismatch, match="see one cache folder"):
             agree({0: replace(says(), domain="a"), 1: replace(says(), domain="b")})
-        with pytest.raises(PlanMismatch, match="different ones"):
+        with pytest.raises(PlanMismatch, match="these are different cache folders"):
             agree({0: replace(says(), domain="a"), 1: replace(says("h1", THERE), domain="a")})
 
     def test_locks_that_two_machines_hold_at_once(self) -> None:
         comparing, _ = self.comparing()
-        met = comparing.met(
+        merge = comparing.merge(
             {
                 0: (ProbeResult(1), None),
                 1: (ProbeResult(1), None),
                 2: (ProbeResult(2), None),
-                3: (ProbeResult(2, excludes=False), None),
+                3: (ProbeResult(2, flock_excludes=False), None),
             }
         )
-        assert [(domain.ranks, domain.excludes) for domain in met.domains] == [((0, 1), True), ((2, 3), False)]
+        assert [(domain.ranks, domain.flock_excludes) for domain in merge.domains] == [((0, 1), True), ((2, 3), False)]
 
     def test_who_finds_the_file_made(self, tmp_path: Path) -> None:
-        meeting, other = StorageProbe("token", 5.0), StorageProbe("token", 5.0)
-        assert meeting.at(tmp_path, 3, lambda: None) == ProbeResult(3)
-        assert other.at(tmp_path, 1, lambda: None) == ProbeResult(3)
-        meeting.end()
-        other.end()
+        probe, other = StorageProbe("token", 5.0), StorageProbe("token", 5.0)
+        assert probe.probe(tmp_path, 3, lambda: None) == ProbeResult(3)
+        assert other.probe(tmp_path, 1, lambda: None) == ProbeResult(3)
+        probe.remove_files()
+        other.remove_files()
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("errno", [0, 38])
     def test_locks_that_exclude_nobody(self, tmp_path: Path, errno: int) -> None:
         need(known(), "the numbers of this machine's system calls are not known here")
-        meeting = StorageProbe("token", 5.0)
-        meeting.at(tmp_path, 3, lambda: None)
+        probe = StorageProbe("token", 5.0)
+        probe.probe(tmp_path, 3, lambda: None)
 
         def elsewhere() -> ProbeResult:
             answer("flock", errno)
-            return StorageProbe("token", 5.0).at(tmp_path, 1, lambda: None)
+            return StorageProbe("token", 5.0).probe(tmp_path, 1, lambda: None)
 
         with ThreadPoolExecutor(1) as thread:
-            assert thread.submit(elsewhere).result() == ProbeResult(3, excludes=False)
-        meeting.end()
+            assert thread.submit(elsewhere).result() == ProbeResult(3, flock_excludes=False)
+        probe.remove_files()
 
     def test_files_that_show_late(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        meeting = StorageProbe("token", 30.0)
-        meeting.at(tmp_path, 3, lambda: None)
+        probe = StorageProbe("token", 30.0)
+        probe.probe(tmp_path, 3, lambda: None)
         shows = time.monotonic() + 1.0
         read = Path.read_text
 
@@ -256,16 +266,16 @@ class TestMeeting:
             return read(path, *args, **options)
 
         monkeypatch.setattr(Path, "read_text", late)
-        assert meeting.at(tmp_path, 1, lambda: None) == ProbeResult(3)
-        meeting.end()
+        assert probe.probe(tmp_path, 1, lambda: None) == ProbeResult(3)
+        probe.remove_files()
 
     def test_files_that_never_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        meeting = StorageProbe("token", 0.1)
-        meeting.at(tmp_path, 3, lambda: None)
+        probe = StorageProbe("token", 0.1)
+        probe.probe(tmp_path, 3, lambda: None)
         (tmp_path / ".weightferry-token").write_text("3")  # without its end of line: not written to its end
         with pytest.raises(CollectError, match="WEIGHTFERRY_DOMAIN"):
-            meeting.at(tmp_path, 1, lambda: None)
-        meeting.end()
+            probe.probe(tmp_path, 1, lambda: None)
+        probe.remove_files()
 
 
 MOUNTS = """\

@@ -30,7 +30,12 @@ def clock() -> Clock:
 
 def test_a_refusal_halves_and_answers_bring_back_one_by_one(clock: Clock) -> None:
     limiter, seen = ConnectionLimiter(8, clock), []
-    for seconds, change in ((0, limiter.refused), (5, limiter.refused), (6, limiter.served), (6, limiter.served)):
+    for seconds, change in (
+        (0, limiter.on_refused),
+        (5, limiter.on_refused),
+        (6, limiter.on_served),
+        (6, limiter.on_served),
+    ):
         clock.now = seconds
         change()
         seen.append(limiter.allowed)
@@ -40,7 +45,7 @@ def test_a_refusal_halves_and_answers_bring_back_one_by_one(clock: Clock) -> Non
 def test_reads_that_are_refused_together_halve_once(clock: Clock) -> None:
     limiter = ConnectionLimiter(8, clock)
     for _ in range(8):
-        limiter.refused()
+        limiter.on_refused()
     assert limiter.allowed == 4
 
 
@@ -48,10 +53,10 @@ def test_there_is_always_one_and_never_more_than_the_setting(clock: Clock) -> No
     limiter = ConnectionLimiter(2, clock)
     for seconds in (0, 10, 20):
         clock.now = seconds
-        limiter.refused()
+        limiter.on_refused()
     assert limiter.allowed == 1
     for _ in range(9):
-        limiter.served()
+        limiter.on_served()
     assert limiter.allowed == 2
 
 
@@ -61,7 +66,7 @@ def test_who_finds_none_free_waits_for_one(monitor: FakeMonitor) -> None:
 
     def read() -> None:
         for _ in range(50):
-            with limiter.one(monitor):
+            with limiter.slot(monitor):
                 with lock:
                     open_at_once[0] += 1
                     most[0] = max(most[0], open_at_once[0])
@@ -78,9 +83,9 @@ def test_who_finds_none_free_waits_for_one(monitor: FakeMonitor) -> None:
 
 def test_the_wait_ends_with_the_operation(monitor: FakeMonitor) -> None:
     limiter = ConnectionLimiter(1)
-    with limiter.one(monitor):
+    with limiter.slot(monitor):
         monitor.over = True
-        with pytest.raises(Over), limiter.one(monitor):
+        with pytest.raises(Over), limiter.slot(monitor):
             pass
 
 
@@ -92,6 +97,6 @@ def test_a_busy_origin_is_read_from_less_and_its_answers_count(settings: Setting
     allowed = []
     reader = RangeReader(origin, settings, monitor, limiter)
     for _ in range(3):
-        reader.whole(pinned, pinned.files[0])
+        reader.read_whole(pinned, pinned.files[0])
         allowed.append(limiter.allowed)
     assert allowed == [3, 4, 4]

@@ -31,7 +31,7 @@ def incoming(layout: CacheLayout) -> IncomingFile:
 def finish(incoming: IncomingFile) -> None:
     """Bring all of it, and wait until it is published."""
     incoming.partial.write(0, CONTENT)
-    incoming.note(WrittenRange(0, len(CONTENT), zlib.crc32(CONTENT)))
+    incoming.record(WrittenRange(0, len(CONTENT), zlib.crc32(CONTENT)))
     incoming._pool.shutdown()
 
 

@@ -14,8 +14,15 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.errors import CollectError, IntegrityError, SourceNotFound
 from weightferry.origins.base import origin_for
 from weightferry.origins.pin_sources import RequestedFiles, Resolution, pin_sources
-from weightferry.phases.agree import RankRequest
-from weightferry.phases.link import LinkPlan, VisibilityCheck, agree_on_blocks, check_readable, first_blocks, make_links
+from weightferry.phases.requests import RankRequest
+from weightferry.phases.link import (
+    LinkPlan,
+    VisibilityCheck,
+    compare_first_blocks,
+    check_readable,
+    read_first_blocks,
+    make_links,
+)
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin
@@ -37,10 +44,10 @@ class Local:
         return LinkPlan.of(RankRequest(requests, into, suffix), resolved, self.layout), resolved
 
     def link(self, into: Path | None = None, suffix: str | None = None, **requests: SourceRequest) -> dict[str, Path]:
-        shown, resolved = self.show(into, suffix, **requests)
-        make_links(shown)
-        check_readable(shown, resolved, VisibilityCheck())
-        return dict(shown.paths)
+        plan, resolved = self.show(into, suffix, **requests)
+        make_links(plan)
+        check_readable(plan, resolved, VisibilityCheck())
+        return dict(plan.paths)
 
 
 @pytest.fixture
@@ -118,33 +125,33 @@ class TestExisting:
 class TestReadable:
     def test_every_link_is_opened(self, local: Local) -> None:
         request = SourceRequest.of(local.source, "a.ckpt")
-        shown, resolved = local.show(local.into, ".ckpt", x=request, y=request)
-        make_links(shown)
+        plan, resolved = local.show(local.into, ".ckpt", x=request, y=request)
+        make_links(plan)
         for name in "xy":
-            shown.paths[name].unlink()
+            plan.paths[name].unlink()
             with pytest.raises(SourceNotFound, match="on every node") as raised:
-                check_readable(shown, resolved, VisibilityCheck())
-            assert raised.value.subject == str(shown.paths[name])
-            make_links(shown)
-        check_readable(shown, resolved, VisibilityCheck())
+                check_readable(plan, resolved, VisibilityCheck())
+            assert raised.value.subject == str(plan.paths[name])
+            make_links(plan)
+        check_readable(plan, resolved, VisibilityCheck())
 
     @pytest.mark.parametrize("into", [None, "into"])
     def test_another_size_for_this_rank(self, local: Local, into: str | None) -> None:
-        shown, resolved = local.show(local.into if into else None, x=SourceRequest.of(local.source))
-        make_links(shown)
+        plan, resolved = local.show(local.into if into else None, x=SourceRequest.of(local.source))
+        make_links(plan)
         (local.source / "sub/deep/c.bin").write_bytes(b"changed")
         with pytest.raises(CollectError, match="has 7 bytes for this rank, 1 were expected"):
-            check_readable(shown, resolved, VisibilityCheck())
+            check_readable(plan, resolved, VisibilityCheck())
 
     def test_a_file_that_this_rank_may_not_read(self, local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-        shown, resolved = local.show(x=SourceRequest.of(local.source, "a.ckpt"))
+        plan, resolved = local.show(x=SourceRequest.of(local.source, "a.ckpt"))
 
         def refuse(self: Path, mode: str = "r") -> None:
             raise PermissionError(13, "Permission denied", str(self), None, mode)
 
         monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(PermissionError) as raised:
-            check_readable(shown, resolved, VisibilityCheck())
+            check_readable(plan, resolved, VisibilityCheck())
         assert getattr(raised.value, "_weightferry_subject", "") == str(local.source / "a.ckpt")
 
 
@@ -163,24 +170,24 @@ class TestReadBack:
         return LinkPlan.of(RankRequest({"x": request}), resolved, layout), resolved, layout
 
     def test_the_beginning_counts_not_only_the_size(self, staged) -> None:
-        shown, resolved, layout = staged
-        sight = VisibilityCheck(first_blocks(layout, resolved.manifest))
-        check_readable(shown, resolved, sight)
-        shown.paths["x"].write_bytes(b"abX")
-        with pytest.raises(IntegrityError, match="begins differently for this rank"):
-            check_readable(shown, resolved, sight)
+        plan, resolved, layout = staged
+        check = VisibilityCheck(read_first_blocks(layout, resolved.manifest))
+        check_readable(plan, resolved, check)
+        plan.paths["x"].write_bytes(b"abX")
+        with pytest.raises(IntegrityError, match="this rank reads other first bytes"):
+            check_readable(plan, resolved, check)
 
     def test_leaders_compare_what_they_see(self, staged) -> None:
         _, resolved, layout = staged
-        blocks = first_blocks(layout, resolved.manifest)
-        assert agree_on_blocks(resolved.manifest, {0: blocks, 1: None, 2: blocks}) == blocks
-        with pytest.raises(IntegrityError, match="begins differently for ranks 0 and 2"):
-            agree_on_blocks(resolved.manifest, {0: blocks, 2: (1,)})
+        blocks = read_first_blocks(layout, resolved.manifest)
+        assert compare_first_blocks(resolved.manifest, {0: blocks, 1: None, 2: blocks}) == blocks
+        with pytest.raises(IntegrityError, match="ranks 0 and 2 read different bytes"):
+            compare_first_blocks(resolved.manifest, {0: blocks, 2: (1,)})
 
     @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
     def test_a_file_that_shows_late(self, staged, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        shown, resolved, layout = staged
-        blocks = first_blocks(layout, resolved.manifest)
+        plan, resolved, layout = staged
+        blocks = read_first_blocks(layout, resolved.manifest)
         opens, left = Path.open, [3]
 
         def late(path: Path, *args: Any, **options: Any) -> Any:
@@ -190,7 +197,7 @@ class TestReadBack:
             return opens(path, *args, **options)
 
         monkeypatch.setattr(Path, "open", late)
-        check_readable(shown, resolved, VisibilityCheck(blocks, patience=30.0))
+        check_readable(plan, resolved, VisibilityCheck(blocks, timeout=30.0))
         left[0] = 1_000_000
         with pytest.raises((SourceNotFound, OSError)):
-            check_readable(shown, resolved, VisibilityCheck(blocks, patience=0.1))
+            check_readable(plan, resolved, VisibilityCheck(blocks, timeout=0.1))

@@ -14,8 +14,9 @@ from weightferry.errors import AccessDenied, OriginUnreachable
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.sources import Source
-from weightferry.transfer.pieces import FRAME, MIB, SMALL, cut, piece_size
-from weightferry.transfer.plan import Plan, plan
+from weightferry.transfer.pieces import FRAME, MIB, SMALL, cut_pieces, piece_size
+from weightferry.phases.plan import plan
+from weightferry.transfer.plan import Plan
 
 SOURCE = Source("hf", "org/model")
 
@@ -37,12 +38,12 @@ def check(made: Plan, surveys: Mapping[int, DomainSurvey]) -> None:
         have = holders | set(readers)
         for _ in surveys:
             for leader in surveys:
-                if number in made.passed_to(leader) and made.left(leader) in have:
+                if number in made.relayed_to(leader) and made.left(leader) in have:
                     have.add(leader)
         assert have == set(surveys), piece
     for leader in surveys:
         if len(surveys) > 1:
-            assert made.passed_by(leader) == made.passed_to(made.right(leader))
+            assert made.relayed_by(leader) == made.relayed_to(made.right(leader))
 
 
 def test_files_of_two_sources_are_never_in_one_bundle() -> None:
@@ -59,7 +60,7 @@ class TestCut:
     @pytest.mark.parametrize("size", [SMALL, 4 * MIB, 4 * MIB + 1, 268 * MIB, 10_000 * MIB])
     @pytest.mark.parametrize("readers", [1, 2, 8, 512])
     def test_pieces_cover_a_file(self, size: int, readers: int) -> None:
-        pieces = cut([file(0, size)], [0], readers)
+        pieces = cut_pieces([file(0, size)], [0], readers)
         assert pieces[0].start == 0
         assert pieces[-1].stop == size
         assert all(before.stop == after.start for before, after in itertools.pairwise(pieces))
@@ -77,22 +78,22 @@ class TestCut:
 
     def test_small_files_travel_together(self) -> None:
         files = [file(n, 1000) for n in range(1000)]
-        pieces = cut(files, range(1000), 2)
+        pieces = cut_pieces(files, range(1000), 2)
         assert len(pieces) == 63
         assert [index for piece in pieces for index in piece.files] == list(range(1000))
         assert all(len(list(piece.frames(0))) == 1 for piece in pieces)
 
     def test_a_bundle_fits_into_a_frame(self) -> None:
-        pieces = cut([file(n, SMALL - 1) for n in range(10)], range(10), 1)
+        pieces = cut_pieces([file(n, SMALL - 1) for n in range(10)], range(10), 1)
         assert max(piece.size for piece in pieces) <= FRAME
 
     def test_files_with_different_holders_share_no_bundle(self) -> None:
-        pieces = cut([file(n, 10) for n in range(6)], range(6), 1, lambda index: index % 2)
+        pieces = cut_pieces([file(n, 10) for n in range(6)], range(6), 1, lambda index: index % 2)
         assert [piece.files for piece in pieces] == [(0, 2, 4), (1, 3, 5)]
 
     @pytest.mark.parametrize("one", [file(0, None), file(0, 100 * MIB, ranges=False)])
     def test_what_comes_only_whole_is_one_piece(self, one: File) -> None:
-        (piece,) = cut([one], [0], 8)
+        (piece,) = cut_pieces([one], [0], 8)
         assert (piece.start, piece.stop) == (0, one.size)
 
 
@@ -144,7 +145,9 @@ class TestPlan:
 
     def test_in_a_torn_file_who_has_part_of_a_piece_reads_the_rest(self) -> None:
         torn = Extents((start, start + 1000) for start in range(0, 3 * MIB, 4096))
-        made = plan(manifest(4 * MIB), {0: DomainSurvey(), 1: DomainSurvey(partial_ranges={0: torn}), 2: DomainSurvey()})
+        made = plan(
+            manifest(4 * MIB), {0: DomainSurvey(), 1: DomainSurvey(partial_ranges={0: torn}), 2: DomainSurvey()}
+        )
         assert made.reads == {0: (), 1: (0,), 2: ()}
 
     def test_thirds_make_a_whole(self) -> None:

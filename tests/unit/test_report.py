@@ -1,4 +1,4 @@
-"""The run report: exactly what is documented, and how people read it."""
+"""The run report: the documented JSON, and its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import weightferry
 from weightferry.cluster.coordinator import LocalCoordinator
-from weightferry.phases.agree import RankRequest
+from weightferry.phases.requests import RankRequest
 from weightferry.report.run import DomainReport, RunReport
 from weightferry.report.text import format_size, summary, table
 from weightferry.settings import Settings
@@ -24,11 +24,11 @@ DOMAINS = [
 REPORT = RunReport("collect", 4, 2, TOTAL, DOMAINS, {"source": None, "commit": None, "files": []})
 
 
-def test_the_keys() -> None:
-    got = REPORT.to_dict()
-    assert list(got) == ["schema", "operation", "ranks", "nodes", "total", "domains", "manifest"]
-    assert got["schema"] == 1
-    for domain in got["domains"]:
+def test_keys() -> None:
+    report = REPORT.to_dict()
+    assert list(report) == ["schema", "operation", "ranks", "nodes", "total", "domains", "manifest"]
+    assert report["schema"] == 1
+    for domain in report["domains"]:
         assert set(domain) == {
             *("host", "leader_rank", "ranks", "origin_bytes", "peer_bytes_in", "peer_bytes_out", "cached_bytes"),
             *("copied_bytes", "locks", "seconds"),
@@ -41,15 +41,15 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
+def test_a_real_report_has_all_keys(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"abc")
     settings = Settings(cache_dir=tmp_path / "cache")
     coordinator = LocalCoordinator("h")
     coordinator.operation = "stage"
     collected = collect(lambda: RankRequest({"": SourceRequest.of(tmp_path / "m.bin")}), coordinator, settings)
-    got = collected.report.to_dict()
-    assert (got["operation"], got["ranks"], got["nodes"]) == ("stage", 1, 1)
-    assert got["total"] | {"seconds": 0} == {
+    report = collected.report.to_dict()
+    assert (report["operation"], report["ranks"], report["nodes"]) == ("stage", 1, 1)
+    assert report["total"] | {"seconds": 0} == {
         "bytes": 3,
         "files": 1,
         "origin_bytes": 0,
@@ -58,13 +58,13 @@ def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
         "cached_bytes": 3,
         "seconds": 0,
     }
-    (domain,) = got["domains"]
+    (domain,) = report["domains"]
     assert (domain["host"], domain["leader_rank"], domain["ranks"]) == ("h", 0, [0])
     assert {"agree", "resolve", "survey", "transfer", "link"} <= domain["seconds"].keys()
-    assert got["manifest"].keys() == {"source", "commit", "files"}
-    (file,) = got["manifest"]["files"]
+    assert report["manifest"].keys() == {"source", "commit", "files"}
+    (file,) = report["manifest"]["files"]
     assert file | {"source": ""} == {"path": "m.bin", "size": 3, "sha256": None, "source": "", "commit": None}
-    json.dumps(got)
+    json.dumps(report)
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_a_real_one_has_all_keys(tmp_path: Path) -> None:
         (10**15, "1 PB"),
     ],
 )
-def test_sizes(count: int, text: str) -> None:
+def test_format_size(count: int, text: str) -> None:
     assert format_size(count) == text
 
 
 def test_summary() -> None:
-    said, path = summary(REPORT, Path("/cache/x")).splitlines()
-    moved, came = said.split(": ")
+    text, path = summary(REPORT, Path("/cache/x")).splitlines()
+    moved, came = text.split(": ")
     assert moved == "staged 2 files, 2 kB, for 4 ranks on 2 nodes in 1.2 s"
-    assert came == "4 kB from the origin, 0 B from peers, 500 B already there"
+    assert came == "4 kB from the origin, 0 B from peers, 500 B already on disk"
     assert path == "/cache/x"
 
 
-def test_table_lines_up() -> None:
+def test_the_columns_of_the_table_are_aligned() -> None:
     lines = table(REPORT).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split()[-3:] == ["agree", "transfer", "load"]
@@ -100,7 +100,7 @@ def test_table_lines_up() -> None:
     assert lines[2].endswith("0.10 s    0.00 s  2.00 s")
 
 
-def test_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     for name in weightferry.__all__:
         assert getattr(weightferry, name) is not None
     assert set(weightferry.__all__) <= set(dir(weightferry))

@@ -41,7 +41,7 @@ def test_a_file_of_the_user_is_not_replaced(source: Path, tmp_path: Path) -> Non
     mine.write_text("my own work")
     done = stage(source, "--to", mine.parent, "--cache-dir", tmp_path / "cache")
     assert done.exit_code == 1
-    assert f"{mine}: another file is in the way" in done.output
+    assert f"{mine}: another file has the name of the link" in done.output
     assert mine.read_text() == "my own work"
 
 
@@ -63,7 +63,7 @@ def test_an_option_without_its_value(source: Path, option: str) -> None:
 def test_a_report_without_a_folder_is_found_first(source: Path, tmp_path: Path) -> None:
     done = stage(source, "--report", tmp_path / "no/r.json", "--to", tmp_path / "to", "--cache-dir", tmp_path / "c")
     assert done.exit_code == 1
-    assert f"{tmp_path / 'no'}: there is no such folder for the report" in done.output
+    assert f"{tmp_path / 'no'}: the folder for the report does not exist" in done.output
     assert not (tmp_path / "to").exists()
 
 
@@ -79,5 +79,5 @@ def test_a_folder_with_a_circle_and_a_dangling_link(source: Path) -> None:
     found = FilesystemOrigin(Settings()).resolve(Source("file", str(source)), [""])
     assert [file.path for file in found.files] == ["deep/c.json", "latest", "w.bin"]
     assert weightferry.stage(source, ignore_patterns="latest") == source
-    with pytest.raises(weightferry.SourceNotFound, match="latest: not there for this rank"):
+    with pytest.raises(weightferry.SourceNotFound, match="latest: this file does not exist for this rank"):
         weightferry.stage(source)

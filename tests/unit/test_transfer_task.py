@@ -19,8 +19,8 @@ from weightferry.origins.base import TransientOriginError
 from weightferry.settings import Settings
 from weightferry.testing.origin import FakeOrigin, Fault
 from weightferry.transfer.incoming_file import ChecksumMismatch
-from weightferry.transfer.plan import TransferTask, plan
-from weightferry.transfer.task import TransferResult, bring
+from weightferry.phases.plan import plan
+from weightferry.transfer.task import TransferResult, TransferTask, run_transfer
 from weightferry.transfer.verify_results import verify_results
 
 # The first is small, and travels in a bundle; the others are big, a piece each.
@@ -34,13 +34,13 @@ class Leader:
         self.layout, self.settings, self.monitor, self.origin = layout, settings, monitor, origin
         self.manifest = manifest_of(origin)
 
-    def bring(self) -> TransferResult:
+    def run_transfer(self) -> TransferResult:
         surveyor = surveyor_of(self.layout, self.manifest)
         try:
             held = surveyor.survey()
             lacking = tuple(index for index in self.manifest.contents() if index not in held.complete)
             task = TransferTask(plan(self.manifest, {0: held}), lacking, {0: "h"})
-            return bring(task, surveyor, self.settings, FakeControl(self.monitor), self.origin.factory)
+            return run_transfer(task, surveyor, self.settings, FakeControl(self.monitor), self.origin.factory)
         finally:
             surveyor.release()
 
@@ -68,7 +68,7 @@ def leader(layout: CacheLayout, settings: Settings, monitor: FakeMonitor) -> Lea
 
 
 def test_all_files_with_their_digests(leader: Leader) -> None:
-    results = leader.bring()
+    results = leader.run_transfer()
     assert leader.published() == FILES
     assert leader.partials() == []
     assert results.origin_bytes == leader.monitor.bytes == sum(map(len, FILES.values()))
@@ -77,18 +77,18 @@ def test_all_files_with_their_digests(leader: Leader) -> None:
 
 
 def test_only_what_is_missing(leader: Leader) -> None:
-    leader.bring()
+    leader.run_transfer()
     leader.forget(1, 4)
     leader.origin.reads.clear()
-    assert set(leader.bring().sha256) == {1, 4}
+    assert set(leader.run_transfer().sha256) == {1, 4}
     assert leader.published() == FILES
     assert {read.path for read in leader.origin.reads} == {"part1.bin", "part4.bin"}
 
 
 def test_nothing_missing_reads_nothing(leader: Leader) -> None:
-    leader.bring()
+    leader.run_transfer()
     leader.origin.reads.clear()
-    assert leader.bring() == TransferResult()
+    assert leader.run_transfer() == TransferResult()
     assert leader.origin.reads == []
 
 
@@ -96,7 +96,7 @@ def test_several_at_a_time_but_no_more_than_allowed(leader: Leader) -> None:
     leader.settings = replace(leader.settings, connections=3)
     gate = threading.Event()
     leader.origin.faults += [Fault(times=None, wait_for=gate)]
-    thread = threading.Thread(target=leader.bring)
+    thread = threading.Thread(target=leader.run_transfer)
     thread.start()
     try:
         for _ in range(500):
@@ -113,7 +113,7 @@ def test_several_at_a_time_but_no_more_than_allowed(leader: Leader) -> None:
 
 def test_broken_attempts_are_counted(leader: Leader) -> None:
     leader.origin.faults.append(Fault("part0.bin", corrupt=0))
-    results = leader.bring()
+    results = leader.run_transfer()
     assert results.origin_bytes == sum(map(len, FILES.values())) + len(FILES["part0.bin"]) == leader.origin.sent
 
 
@@ -125,7 +125,7 @@ class TestFailure:
         leader.origin.faults += [Fault("part0.bin", error=AccessDenied("403")), Fault(times=None, wait_for=gate)]
         threading.Timer(0.2, gate.set).start()
         with pytest.raises(AccessDenied, match="403"):
-            leader.bring()
+            leader.run_transfer()
         assert len(leader.origin.reads) <= 3, "files that were waiting for a connection are not begun"
         assert leader.published() == {}
 
@@ -136,7 +136,7 @@ class TestFailure:
             Fault("part1.bin", error=AccessDenied("403")),
         ]
         with pytest.raises(AccessDenied):
-            leader.bring()
+            leader.run_transfer()
 
     @pytest.mark.parametrize(
         ("fault", "error"),
@@ -152,11 +152,11 @@ class TestFailure:
         # A fresh value each time: a fault counts down.
         leader.origin.faults.append(replace(fault))
         with pytest.raises(error):
-            leader.bring()
+            leader.run_transfer()
         assert fault.path not in leader.published()
         assert all(content == FILES[path] for path, content in leader.published().items())
         leader.origin.faults.clear()
-        leader.bring()
+        leader.run_transfer()
         assert leader.published() == FILES
         assert leader.partials() == []
 
@@ -166,29 +166,29 @@ class TestFailure:
             Fault("part5.bin", error=AccessDenied("403")),
         ]
         with pytest.raises(AccessDenied):
-            leader.bring()
+            leader.run_transfer()
         leader.origin.reads.clear()
-        leader.bring()
+        leader.run_transfer()
         assert [read.start for read in leader.origin.reads if read.path == "part5.bin"] == [700_000]
         assert leader.published() == FILES
 
     def test_wrong_bytes_are_told_and_not_published(self, leader: Leader) -> None:
         leader.origin.faults.append(Fault("part3.bin", corrupt=500_000))
-        results = leader.bring()
-        (wrong,) = results.wrong.values()
-        assert wrong.got != hashlib.sha256(FILES["part3.bin"]).hexdigest()
+        results = leader.run_transfer()
+        (wrong,) = results.mismatches.values()
+        assert wrong.actual != hashlib.sha256(FILES["part3.bin"]).hexdigest()
         assert "part3.bin" not in leader.published()
 
     def test_it_names_the_file(self, leader: Leader) -> None:
         leader.origin.faults.append(Fault("part2.bin", error=OSError(5, "Input/output error")))
         with pytest.raises(OSError, match="Input/output") as raised:
-            leader.bring()
+            leader.run_transfer()
         assert getattr(raised.value, "_weightferry_subject", "") == "s3://bucket/model/part2.bin"
 
     def test_the_end_of_the_operation_is_no_failure_of_ours(self, leader: Leader) -> None:
         leader.monitor.over = True
         with pytest.raises(Over):
-            leader.bring()
+            leader.run_transfer()
         assert leader.published() == {}
 
 
@@ -196,17 +196,17 @@ class TestSharedContent:
     @pytest.mark.parametrize("size", [999, 1 << 20])
     def test_two_names_of_one_content_are_read_once(self, layout, settings, monitor, size: int) -> None:
         leader = Leader(layout, settings, monitor, FakeOrigin({"a.bin": b"same" * size, "b.bin": b"same" * size}))
-        results = leader.bring()
+        results = leader.run_transfer()
         assert leader.origin.sent == 4 * size
         assert list(results.sha256) == [0]
         assert leader.published() == leader.origin.files
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_a_file_of_the_wrong_size_is_replaced(self, leader: Leader, index: int) -> None:
-        leader.bring()
+        leader.run_transfer()
         pinned, file = list(leader.manifest.staged())[index]
         leader.layout.blob(pinned, file).write_bytes(b"torn")
-        assert leader.bring().origin_bytes == file.size
+        assert leader.run_transfer().origin_bytes == file.size
         assert leader.published() == FILES
 
 
@@ -216,7 +216,7 @@ class TestOriginsOfOtherKinds:
         leader = Leader(layout, settings, monitor, FakeOrigin({"m.bin": content}))
         (pinned,) = leader.manifest.sources
         leader.manifest = Manifest((replace(pinned, files=(replace(pinned.files[0], ranges=False),)),))
-        leader.bring()
+        leader.run_transfer()
         assert [(read.start, read.stop) for read in leader.origin.reads] == [(0, None)]
         assert leader.published() == {"m.bin": content}
 
@@ -224,13 +224,13 @@ class TestOriginsOfOtherKinds:
         content = random.Random(2).randbytes(9_000_000)
         leader = Leader(layout, settings, monitor, FakeOrigin({"m.bin": content}, publishes=None, sizes=False))
         leader.origin.faults.append(Fault(cut_after=5_000_000))
-        leader.bring()
+        leader.run_transfer()
         assert leader.published() == {"m.bin": content}
 
     def test_big_files_are_read_in_pieces_over_several_connections(self, layout, settings, monitor) -> None:
         content = random.Random(3).randbytes(9_000_000)
         leader = Leader(layout, settings, monitor, FakeOrigin({"m.bin": content}))
-        leader.bring()
+        leader.run_transfer()
         assert sorted(read.start for read in leader.origin.reads) == [0, 4 << 20, 8 << 20]
         assert leader.published() == {"m.bin": content}
 
@@ -262,20 +262,20 @@ class TestJudge:
 
     def test_the_origin_is_to_blame_when_all_got_the_same(self) -> None:
         wrong = ChecksumMismatch("aa", (1, 2))
-        results = {0: TransferResult(wrong={0: wrong}), 2: TransferResult(wrong={0: wrong})}
+        results = {0: TransferResult(mismatches={0: wrong}), 2: TransferResult(mismatches={0: wrong})}
         assert self.verify_results({}, results, publishes="sha256", final=False) == (0,)
-        with pytest.raises(IntegrityError, match=r"the origin sends other bytes than it promises, twice: .* got aa"):
+        with pytest.raises(IntegrityError, match=r"checksum mismatch after a second download: .* got aa"):
             self.verify_results({}, results, publishes="sha256")
 
     def test_a_domain_is_to_blame_when_others_are_right(self) -> None:
-        results = {0: TransferResult(sha256={0: ""}), 2: TransferResult(wrong={0: ChecksumMismatch("bb", (1, 2))})}
+        results = {0: TransferResult(sha256={0: ""}), 2: TransferResult(mismatches={0: ChecksumMismatch("bb", (1, 2))})}
         with pytest.raises(IntegrityError, match=r"rank 2 \(h2\) has bb"):
             self.verify_results({}, results, publishes="sha256")
 
     def test_where_they_differ(self) -> None:
         results = {
-            0: TransferResult(wrong={0: ChecksumMismatch("aa", (1, 2))}),
-            2: TransferResult(wrong={0: ChecksumMismatch("bb", (1, 3))}),
+            0: TransferResult(mismatches={0: ChecksumMismatch("aa", (1, 2))}),
+            2: TransferResult(mismatches={0: ChecksumMismatch("bb", (1, 3))}),
         }
         with pytest.raises(IntegrityError, match="different from others in bytes 4194304-8388608"):
             self.verify_results({}, results, publishes="sha256")

@@ -1,1 +1,1 @@
-"""Who is in the job, who shares storage, and how ranks learn of each other's outcomes."""
+"""Who is in the job, who shares storage, and how ranks run a phase together."""

@@ -1,4 +1,4 @@
-"""From a process to its place in an operation: alone, in the caller's process group, or by joining the others."""
+"""Open a coordinator: of this process alone, of the caller's process group, or of the ranks that a launcher started."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ if TYPE_CHECKING:
 
     from weightferry.cluster.store import StoreClients
 
-# The clients of the store that was used last: a process has one default group at a time.
+# The clients of the store that was used last. A process has one default group at a time.
 _clients: StoreClients | None = None
 
-# Operations of this process so far, by the ranks that take part. All of those call the same ones in the same order, so
-# equal numbers name the same operation; a new process group in the same process, on the same store, goes on counting.
+# How many operations this process has opened, by the ranks that take part. All ranks open the same operations in the
+# same order, so equal numbers name the same operation. A new process group in this process may use the same store, so
+# the count goes on.
 _operations: Counter[tuple[int, ...]] = Counter()
 
 
 @contextlib.contextmanager
-def operation(
+def process_group_coordinator(
     settings: Settings, name: str, *, group: ProcessGroup | None = None, alone: bool = False
 ) -> Iterator[Coordinator]:
-    """Open an operation among the ranks of a process group, or of this process alone.
+    """Open an operation of the ranks of a process group, or of this process alone.
 
     Parameters
     ----------
     name
-        What it does, for errors: ``collect``, ``stage``, ``load``, ...
+        Name of the operation, for errors: ``collect``, ``stage``, ``load``, ...
     group
-        Its ranks take part; None: those of the default process group. Whatever its back end, only the store of the
-        default group is used.
+        The ranks that take part. None: all ranks of the default process group. Only the store of the default group is
+        used, so any backend works.
     alone
-        This process alone, whatever the environment says.
+        Only this process takes part, even if the environment says that there are more ranks.
 
     Raises
     ------
     NotDistributed
-        The environment says that there are several ranks, and no process group connects them.
+        The environment says that there are several ranks, but there is no process group.
     BadRequest
         This process is not in `group`.
     """
@@ -65,7 +66,7 @@ def operation(
     coordinator = (
         LocalCoordinator(topology.host, topology.rank)
         if store is None
-        else _shared(store, ranks, topology, settings, name)
+        else _distributed_coordinator(store, ranks, topology, settings, name)
     )
     coordinator.operation = name
     try:
@@ -75,11 +76,11 @@ def operation(
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Coordinator]:
-    """Open an operation among the processes that a launcher started together, without any process group.
+def launcher_coordinator(settings: Settings, topology: Topology, name: str) -> Iterator[Coordinator]:
+    """Open an operation of all processes that a launcher started together; no process group is needed.
 
-    For the command line. The store is `torch.distributed`'s own, found by ``MASTER_ADDR`` and ``MASTER_PORT`` as
-    torchrun sets them; under Slurm and MPI they are derived when they are missing.
+    For the command line. The ranks meet on a `torch.distributed` store at ``MASTER_ADDR`` and ``MASTER_PORT``, as
+    torchrun sets them. Under Slurm and MPI missing variables are derived.
     """
     if topology.world_size == 1:
         with contextlib.closing(LocalCoordinator(topology.host)) as coordinator:
@@ -89,33 +90,38 @@ def joined(settings: Settings, topology: Topology, name: str) -> Iterator[Coordi
     store = _rendezvous(topology, settings)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(_shared(store, ranks, topology, settings, name, topology.rank)) as coordinator:
+        with contextlib.closing(
+            _distributed_coordinator(store, ranks, topology, settings, name, topology.rank)
+        ) as coordinator:
             yield coordinator
     finally:
-        _part(store, topology, settings)
+        _leave_together(store, topology, settings)
 
 
 def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]:
-    """Find the store that connects the ranks of a group, and these; no store for one rank, no ranks for no group."""
-    # A process that has not imported torch has no process group: no reason to import it.
+    """Return the store that connects the ranks of a group, and these ranks.
+
+    A group of one rank has no store. Without a process group there are no ranks either.
+    """
+    # A process that has not imported torch has no process group, so torch need not be imported here.
     if "torch.distributed" not in sys.modules:
         return None, ()
     from torch import distributed as dist
 
     if not dist.is_available() or not dist.is_initialized() or (group is None and dist.get_world_size() == 1):
         return None, ()
-    # torch gives a number in place of the group to those that are not in it.
+    # For a rank outside the group, torch passes a number in place of the group.
     if group is not None and dist.get_rank(group) < 0:
-        raise BadRequest(f"rank {dist.get_rank()} is not in the group that it calls for")
+        raise BadRequest(f"rank {dist.get_rank()} is not in the process group that it passes as `group`")
     ranks = tuple(range(dist.get_world_size())) if group is None else tuple(dist.get_process_group_ranks(group))
     if len(ranks) == 1:
         return None, ranks
-    # There is no public way to the default group's store; torch's own checkpointing and vLLM use this one.
+    # There is no public access to the store of the default group. torch's own checkpointing and vLLM use this function.
     store: Store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
     return store, ranks
 
 
-def _shared(
+def _distributed_coordinator(
     store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, name: str, rank: int | None = None
 ) -> Coordinator:
     global _clients
@@ -126,7 +132,7 @@ def _shared(
 
     if _clients is None or _clients.store is not store or _clients.lost:
         _clients = StoreClients(store)
-    # An elastic restart may find the store of the attempt before it.
+    # An elastic restart may reuse the store of the previous attempt.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     members = zlib.crc32(",".join(map(str, ranks)).encode())
     prefix = f"weightferry/{attempt}/{members:08x}/{_operations[ranks]}"
@@ -136,7 +142,7 @@ def _shared(
 
 
 def _rendezvous(topology: Topology, settings: Settings) -> Store:
-    # What the store's client says of a peer that left is said better by us; torch reads it when it is imported.
+    # Our errors describe a lost peer better than the log of the store's client. torch reads this variable at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch import distributed as dist
 
@@ -151,22 +157,22 @@ def _rendezvous(topology: Topology, settings: Settings) -> Store:
         )
     except (dist.DistError, RuntimeError) as error:
         raise NotDistributed(
-            f"rank {topology.rank} on {topology.host} could not meet the other {topology.world_size - 1} ranks at "
-            f"{where} (MASTER_ADDR:MASTER_PORT): {error}"
+            f"rank {topology.rank} on {topology.host} could not connect to the other {topology.world_size - 1} ranks "
+            f"at {where} (MASTER_ADDR:MASTER_PORT): {error}"
         ) from error
     return found
 
 
-def _part(store: Store, topology: Topology, settings: Settings) -> None:
-    """Leave together: the store may live in rank 0, and a launcher that sees one rank fail ends the others at once."""
+def _leave_together(store: Store, topology: Topology, settings: Settings) -> None:
+    """Wait for the other ranks: the store may be in rank 0, and a launcher ends all ranks as soon as one rank fails."""
     from torch import distributed as dist
 
     mine, first = f"weightferry/bye/{topology.rank}", "weightferry/bye/0"
-    everybody = [f"weightferry/bye/{rank}" for rank in range(1, topology.world_size)]
+    others = [f"weightferry/bye/{rank}" for rank in range(1, topology.world_size)]
     limit = timedelta(seconds=settings.beat_timeout)
     with contextlib.suppress(dist.DistError):
         if topology.rank == 0:
-            store.wait(everybody, limit)
+            store.wait(others, limit)
             store.set(first, "")
             store.wait([f"{first}/read"], limit)
         else:
@@ -177,12 +183,12 @@ def _part(store: Store, topology: Topology, settings: Settings) -> None:
 
 
 def master(topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:
-    """Find where rank 0 holds the store: ``MASTER_ADDR`` and ``MASTER_PORT``, derived where they are not set.
+    """Return the address of the store on rank 0: ``MASTER_ADDR`` and ``MASTER_PORT``, derived if they are not set.
 
     Raises
     ------
     NotDistributed
-        The launcher does not say which node has rank 0.
+        The launcher does not tell which node has rank 0.
     """
     address = environ.get("MASTER_ADDR") or _address(topology, environ)
     port = environ.get("MASTER_PORT") or str(_port(environ))
@@ -192,7 +198,7 @@ def master(topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:
 def _address(topology: Topology, environ: Mapping[str, str]) -> str:
     if topology.local_world_size == topology.world_size:
         return "127.0.0.1"
-    # Below mpirun the step is the one of its daemons; its ranks begin on the first node of the job.
+    # Under mpirun the Slurm step is that of its daemons. Its ranks start on the first node of the job.
     nodes = environ.get("SLURM_STEP_NODELIST" if topology.launcher == "slurm" else "SLURM_JOB_NODELIST")
     if nodes:
         return _first_node(nodes)
@@ -205,7 +211,7 @@ def _address(topology: Topology, environ: Mapping[str, str]) -> str:
 def _first_node(nodes: str) -> str:
     if "[" not in nodes:
         return nodes.partition(",")[0]
-    # Slurm's own tool knows its own short form, w[0-3,7].
+    # Only Slurm's own tool expands its short form, w[0-3,7].
     listed = run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if listed.returncode or not listed.stdout.split():
         raise BadRequest(f"scontrol could not expand {nodes!r}: {listed.stderr.strip()}; set MASTER_ADDR")
@@ -218,5 +224,5 @@ def _port(environ: Mapping[str, str]) -> int:
 
 
 def port_for(job: str) -> int:
-    """Choose a port that all ranks of one job, and hardly those of any other, choose too; below the ephemeral ports."""
+    """Return a port that all ranks of one job choose, and hardly any other job; below the ephemeral ports."""
     return 20000 + zlib.crc32(job.encode()) % 10000

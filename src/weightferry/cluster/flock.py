@@ -1,21 +1,21 @@
-"""flock(2), as far as a file system has it."""
+"""flock(2), on file systems that support it."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 
-# Some file systems answer EACCES where the others say EWOULDBLOCK.
+# Some file systems return EACCES in place of EWOULDBLOCK.
 _HELD = (errno.EAGAIN, errno.EACCES)
 
 
 def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock an open file without waiting; whether that was possible.
+    """Lock an open file without waiting; return whether that succeeded.
 
     Raises
     ------
     OSError
-        There is no such lock here (ENOSYS, ENOLCK, EOPNOTSUPP), or none of this kind on a file opened so (EBADF).
+        The file system has no such lock (ENOSYS, ENOLCK, EOPNOTSUPP), or not for a file opened in this mode (EBADF).
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Which network interface leads to another host."""
+"""Find the network interface that leads to another host."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _SIOCGIFADDR = 0x8915  # ioctl(2): the IPv4 address of an interface; the number 
 
 
 def interface_towards(host: str) -> str:
-    """Name the interface whose address this machine uses towards `host`; empty when there is none."""
+    """Return the interface whose address this machine uses towards `host`; empty if there is none."""
     try:
         address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # of a datagram socket: asks the routing table, sends nothing
-            ours = probe.getsockname()[0]
+            probe.connect(address)  # on a datagram socket this asks the routing table and sends nothing
+            local = probe.getsockname()[0]
             for _, name in socket.if_nameindex():
-                if _address_of(probe, name) == ours:
+                if _address_of(probe, name) == local:
                     return name
     except OSError:
         return ""
@@ -26,7 +26,7 @@ def interface_towards(host: str) -> str:
 
 def _address_of(probe: socket.socket, interface: str) -> str:
     try:
-        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
     except OSError:
         return ""  # an interface without an IPv4 address
-    return socket.inet_ntoa(answer[20:24])
+    return socket.inet_ntoa(reply[20:24])

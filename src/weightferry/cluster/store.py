@@ -1,4 +1,4 @@
-"""Clients of a `torch.distributed` store, and what its type stubs (torch 2.13) leave out."""
+"""Clients of a `torch.distributed` store, and functions that its type stubs (torch 2.13) lack."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 
-_LOOK_EVERY = 0.25  # seconds between two looks whether an answer is still to be expected
+_LOOK_EVERY = 0.25  # seconds between two checks whether an answer can still come
 
 
 def put(store: dist.Store, key: str, value: bytes) -> None:
-    """Set a key to bytes; the stub knows text alone."""
+    """Set a key to bytes; the stub allows only text."""
     store.set(key, value)  # type: ignore[arg-type]
 
 
 def clone(store: dist.Store) -> dist.Store:
-    """Make another client of the same store (torch >= 2.8): one that waits does not block the other."""
+    """Return another client of the same store (torch >= 2.8): a blocked client does not block the other one."""
     other: dist.Store = store.clone()  # type: ignore[attr-defined]
     return other
 
 
 def call_abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
-    """Return what `work` returns, in a thread of its own, or raise what `check` raises while it has not returned.
+    """Run `work` in a thread of its own and return its value; `check` may raise to give up the wait.
 
-    The thread is then left behind, inside a call that nothing ends.
+    The thread then stays behind, inside a call that nothing can interrupt.
     """
     answer: Future[T] = Future()
     threading.Thread(target=_answer, args=(work, answer), name="weightferry-call", daemon=True).start()
@@ -41,7 +41,7 @@ def call_abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
 def _answer(work: Callable[[], T], answer: Future[T]) -> None:
     try:
         answer.set_result(work())
-    except BaseException as error:  # noqa: BLE001 -- raised where the answer is waited for
+    except BaseException as error:  # noqa: BLE001 -- raised in the thread that waits
         answer.set_exception(error)
 
 
@@ -52,10 +52,10 @@ def _await(answer: Future[T], check: Callable[[], None]) -> T:
 
 
 class StoreCaller:
-    """Makes calls in a thread of its own, so that whoever wants the answer can stop waiting for it.
+    """Makes calls in a thread of its own, so that the caller can stop waiting for the answer.
 
-    A call on a store whose process is stopped returns when that process goes on, or never: no client has a time limit
-    for `add`, `check` and `set` (torch 2.13).
+    When the process of the store is stopped, a call returns when that process continues, or never: `add`, `check` and
+    `set` have no timeout (torch 2.13).
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class StoreCaller:
         threading.Thread(target=self._run, name="weightferry-store", daemon=True).start()
 
     def call(self, work: Callable[[], T], check: Callable[[], None]) -> T:
-        """Return what `work` returns, or raise what `check` raises while it has not returned."""
+        """Run `work` and return its value; `check` may raise to give up the wait."""
         answer: Future[T] = Future()
         self._calls.put((work, answer))
         return _await(answer, check)
@@ -72,25 +72,25 @@ class StoreCaller:
         while True:
             work, answer = self._calls.get()
             _answer(work, answer)
-            del work, answer  # not kept until the next call
+            del work, answer  # do not keep them until the next call
 
 
 class StoreClients:
     """The two clients that a process needs of one store, made once and kept.
 
-    A client that waits blocks every other call on it, hence two, and neither is the caller's own. They are kept from
-    one operation to the next because torch looks up the peer's name for each connection: where reverse DNS does not
-    answer, that costs 5 s each time (seen with torch 2.13).
+    A client whose thread waits blocks every other call on it. So there are two, and neither is the client of the
+    process group. They are kept between operations because torch looks up the peer's name for each connection: where
+    reverse DNS does not answer, that costs 5 s each time (seen with torch 2.13).
 
     Parameters
     ----------
     store
-        The store to be another client of.
+        A client of the store; the two clients are clones of it.
 
     Attributes
     ----------
     lost : bool
-        Set when a call was given up: its client is no longer of use.
+        Whether a call was given up. Its client is then blocked and unusable.
     """
 
     def __init__(self, store: dist.Store) -> None:
@@ -98,12 +98,12 @@ class StoreClients:
 
     @cached_property
     def waiting(self) -> dist.Store:
-        """For the thread that works and waits."""
+        """The client of the thread that works and waits."""
         return clone(self.store)
 
     @cached_property
     def side(self) -> dist.Store:
-        """For everything beside it; nothing on this one may wait."""
+        """The client of all other threads; no call on it may wait."""
         return clone(self.store)
 
     @cached_property
@@ -113,17 +113,17 @@ class StoreClients:
 
 
 class RecordingStore(dist.Store):
-    """A store that remembers which keys were set through it, so that they can be removed.
+    """A store that records which keys were set through it, so that they can be removed.
 
     Parameters
     ----------
     store
-        Where they go.
+        The store that holds the keys.
 
     Attributes
     ----------
     busy : bool
-        Whether somebody may be inside a call on `store` that nothing ends.
+        Whether a thread may be inside a call on `store` that nothing can interrupt.
     """
 
     def __init__(self, store: dist.Store) -> None:
@@ -132,8 +132,8 @@ class RecordingStore(dist.Store):
         self._keys: set[str] = set()
         self.busy = False
 
-    def lend(self, work: Callable[[], T], check: Callable[[], None]) -> T:
-        """Let `work` wait on this store inside a call that cannot be ended; see `call_abandonable`."""
+    def run_blocking(self, work: Callable[[], T], check: Callable[[], None]) -> T:
+        """Run `work`, which waits on this store and cannot be interrupted; see `call_abandonable`."""
 
         def inside() -> T:
             try:
@@ -159,7 +159,7 @@ class RecordingStore(dist.Store):
         return self._store.add(key, value)
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
+        """Return whether all keys exist."""
         return self._store.check(keys)
 
     def wait(self, keys: list[str], *limit: Any) -> None:
@@ -171,7 +171,7 @@ class RecordingStore(dist.Store):
         return self._store.multi_get(keys)
 
     def remove_all(self, store: dist.Store) -> None:
-        """Remove what was set, by a client that is free."""
+        """Remove the recorded keys, through a client that is not blocked."""
         with contextlib.suppress(dist.DistError):
             for key in list(self._keys):
                 store.delete_key(key)

@@ -1,6 +1,6 @@
-"""Who am I: rank and size from whatever launched this process.
+"""Rank and world size of this process, from the launcher's environment variables.
 
-Environment variables are hints from launchers; a process group that is already there knows better and wins.
+These variables are hints. An existing process group knows better and wins.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from weightferry.errors import BadRequest
 
 @dataclass(frozen=True)
 class Launcher:
-    """Which variables a launcher sets.
+    """The variables that a launcher sets.
 
     Attributes
     ----------
     name
-        For readers.
+        Name of the launcher, for errors.
     rank, world_size, local_rank, local_world_size, node_rank
-        Names of variables; the first two are always set by it, the others may be missing.
+        Names of variables. The launcher always sets the first two; the others may be missing.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Launcher:
     node_rank: str = ""
 
 
-# In the order in which they win. torchrun and mpirun inside a Slurm allocation come first: below them SLURM_PROCID is
-# the rank of their own agent or daemon. For Slurm the step's size counts, not SLURM_NTASKS: a batch script outside srun
-# has SLURM_PROCID=0 and SLURM_NTASKS=N, yet is alone (seen with Slurm 22.05).
+# The first launcher that matches wins. torchrun and mpirun come before Slurm: inside an allocation, SLURM_PROCID is the
+# rank of their agent or daemon. For Slurm the size of the step counts, not SLURM_NTASKS: a batch script outside srun
+# has SLURM_PROCID=0 and SLURM_NTASKS=N, yet is a single process (seen with Slurm 22.05).
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     Launcher(
@@ -55,7 +55,7 @@ LAUNCHERS = (
         "SLURM_STEP_TASKS_PER_NODE",
         "SLURM_NODEID",
     ),
-    # submitit's local executor knows one node only.
+    # submitit's local executor uses one node only.
     Launcher(
         "submitit",
         "SUBMITIT_LOCAL_GLOBALID",
@@ -69,22 +69,22 @@ LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Topology:
-    """One process's place in the job.
+    """The place of one process in the job.
 
     Attributes
     ----------
     rank, world_size : int
         As in torchrun.
     local_rank : int
-        Place among the ranks of the node, as the launcher counts.
+        Rank among the ranks of the node, as the launcher counts.
     local_world_size : int or None
-        Ranks on this node; None when the launcher does not say.
+        Number of ranks on this node; None if the launcher does not tell.
     launcher : str
-        Whose variables these are; ``alone`` when there are none.
+        Name of the launcher; ``alone`` if there is none.
     host : str
         Host name.
     node_rank : str
-        The launcher's number for the node, or empty. Two agents of torchrun on one host are two nodes.
+        The launcher's number of the node, or empty. Two agents of torchrun on one host are two nodes.
     """
 
     rank: int = 0
@@ -97,12 +97,12 @@ class Topology:
 
 
 def read_topology(environ: Mapping[str, str] | None = None, host: Callable[[], str] = socket.gethostname) -> Topology:
-    """Find this process's place from the environment.
+    """Return the place of this process, read from the environment.
 
     Raises
     ------
     BadRequest
-        A launcher's variables contradict themselves.
+        The variables of a launcher contradict each other.
     """
     environ = os.environ if environ is None else environ
     for launcher in LAUNCHERS:
@@ -121,7 +121,7 @@ def _read(launcher: Launcher, environ: Mapping[str, str], host: str) -> Topology
         rank=rank,
         world_size=size,
         local_rank=int(local_rank) if local_rank.isdigit() else 0,
-        # Slurm writes "2(x4),1" when nodes differ: not a number, and not needed.
+        # Slurm writes "2(x4),1" when nodes differ. That is no number, and is not needed.
         local_world_size=int(local_size) if local_size.isdigit() else None,
         launcher=launcher.name,
         host=host,
@@ -137,7 +137,7 @@ def _int(environ: Mapping[str, str], name: str) -> int:
 
 
 def boot_id() -> str:
-    """Name the running kernel: ranks with the same one share one machine, whatever their host names."""
+    """Return the boot id of the running kernel: ranks with the same id share one machine, whatever their host names."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,192 +1,115 @@
-"""What every rank wants, and who shares storage with whom: compared, and contradictions are an error."""
+"""Phase 1, agree: every rank says what it wants, and all ranks learn which of them share storage."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from weightferry.cache.layout import CacheLayout
+from weightferry.cache.trust import check_cache_folder, prepare_cache_folder
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.cluster.domains import (
-    READ_ONLY,
-    FolderIdentity,
-    ProbeResult,
-    StorageDomain,
-    StorageProbe,
-    group,
-    merge,
-)
+from weightferry.cluster.domains import FolderIdentity, StorageDomain, group_by_folder, merge_domains
+from weightferry.cluster.storage_probe import READ_ONLY, ProbeResult, StorageProbe
 from weightferry.cluster.topology import boot_id
-from weightferry.errors import PlanMismatch, ranges
+from weightferry.errors import BadRequest, PlanMismatch, format_ranks
+from weightferry.phases.requests import JobRequest, RankDescription, RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 
 
-@dataclass(frozen=True)
-class RankRequest:
-    """What one rank wants of an operation.
-
-    Attributes
-    ----------
-    asks : mapping of str to Ask
-        By name.
-    into : Path or None
-        Absolute path of the folder for links; None: no links.
-    suffix : str or None
-        The link of an ask is its name and this; None: the files are linked under their own paths.
-    """
-
-    requests: Mapping[str, SourceRequest]
-    into: Path | None = None
-    suffix: str | None = None
-
-
-@dataclass(frozen=True)
-class RankDescription:
-    """What one rank tells the others.
-
-    Attributes
-    ----------
-    host, node
-        Its host name, and the name of its node.
-    cache, into
-        Its cache folder, and the folder for its links.
-    asks
-        What it wants, by name.
-    domain
-        Of its cache, where the user says it.
-    tiers
-        The other caches that it sees.
-    """
-
-    host: str
-    node: str
-    cache: FolderIdentity
-    into: FolderIdentity | None
-    requests: Mapping[str, SourceRequest]
-    domain: str = ""
-    tiers: Mapping[Path, FolderIdentity] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What all ranks know after the phase agree.
-
-    Attributes
-    ----------
-    asks : tuple of Ask
-        The union of what is wanted, in the order of ranks.
-    domains : tuple of Domain
-        By cache folder.
-    links : mapping of int to (mapping of str to Ask)
-        By the one rank that makes the links of a folder: what all ranks together want linked there.
-    ranks, nodes : int
-        How many.
-    lag : bool
-        Whether files may show late: some folder is on a file system that other machines see too.
-    tiers : mapping of int to (tuple of Path)
-        By leader, the other caches that every rank of its domain sees.
-    token : str
-        Names a meeting; empty when nothing is left to find out.
-    caches, folders : tuple of int
-        Leaders that are to find out whether they see one cache folder, and ranks that are to find out whether they see
-        one folder of links.
-    """
-
-    requests: tuple[SourceRequest, ...]
-    domains: tuple[StorageDomain, ...]
-    links: Mapping[int, Mapping[str, SourceRequest]]
-    ranks: int
-    nodes: int
-    lag: bool = False
-    tiers: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
-    token: str = ""
-    caches: tuple[int, ...] = ()
-    folders: tuple[int, ...] = ()
-
-    @property
-    def leaders(self) -> tuple[int, ...]:
-        """The leader of each domain."""
-        return tuple(domain.leader for domain in self.domains)
-
-    def domain_of(self, rank: int) -> StorageDomain:
-        """The domain that `rank` belongs to."""
-        return next(domain for domain in self.domains if rank in domain.ranks)
-
-    def role(self, rank: int) -> str:
-        """What `rank` is, for readers of an error."""
-        return next((domain.role for domain in self.domains if domain.leader == rank), "")
-
-
 def agree(
-    coordinator: Coordinator, wish: Callable[[], RankRequest], settings: Settings
+    coordinator: Coordinator, make_request: Callable[[], RankRequest], settings: Settings
 ) -> tuple[RankRequest, JobRequest]:
-    """Introduce this rank, and find out with the others who shares storage; every rank calls it.
+    """Exchange what the ranks want, and find out which of them share storage; collective.
 
     Parameters
     ----------
-    wish
-        Makes what this rank wants; what it raises fails the operation on every rank.
+    make_request
+        Returns what this rank wants. An error that it raises fails the operation on every rank.
 
     Returns
     -------
-    Wish, Agreed
-        What this rank wants, and what all know.
+    RankRequest, JobRequest
+        What this rank wants, and what all ranks know.
 
     Raises
     ------
     CollectError
-        The same on every rank; `PlanMismatch` when two of them contradict each other.
+        The same on every rank; `PlanMismatch` when two ranks contradict each other.
     """
-    mine, comparing = RankProbe(coordinator, settings), RequestComparison(coordinator.names)
-    job: JobRequest = coordinator.round("agree", lambda: mine.introduce(wish), comparing.introduced)
-    if job.token:
-        # Folders that several machines may see: whether they do is tried.
-        meeting = StorageProbe(job.token, settings.visibility_timeout)
+    rank, comparison = RankProbe(coordinator, settings), RequestComparison(coordinator.job_ranks)
+    job: JobRequest = coordinator.run_phase("agree", lambda: rank.describe(make_request), comparison.compare)
+    if job.probe_token:
+        # Several machines may see some of the folders: a probe shows whether they do.
+        probe = StorageProbe(job.probe_token, settings.visibility_timeout)
         try:
-            askers, meet = {*job.caches, *job.folders}, partial(mine.meet, job, meeting)
-            job = coordinator.round("agree", meet, comparing.met, askers)
+            probing = {*job.probe_caches, *job.probe_link_folders}
+            job = coordinator.run_phase("agree", partial(rank.probe, job, probe), comparison.merge, probing)
         finally:
-            meeting.end()
-    return mine.wish, job
+            probe.remove_files()
+    return rank.request, job
+
+
+def prepare_request(make_request: Callable[[], RankRequest], layout: CacheLayout, settings: Settings) -> RankRequest:
+    """Prepare the cache folder of this rank, and return what this rank wants.
+
+    Raises
+    ------
+    BadRequest
+        The links would lie inside the cache, or the cache folder cannot be trusted.
+    """
+    # An unusable cache is no error until a file needs it: local sources are used where they are.
+    with contextlib.suppress(OSError):
+        prepare_cache_folder(layout, settings.cache_group)
+    for tier in settings.cache_tiers:
+        with contextlib.suppress(OSError):
+            check_cache_folder(CacheLayout(tier))
+    request = make_request()
+    if request.link_folder is not None and layout.owns(request.link_folder):
+        raise BadRequest(
+            f"the links would lie inside the cache folder {layout.root}, among its own files; choose another folder",
+            subject=str(request.link_folder),
+        )
+    return request
 
 
 class RankProbe:
-    """What one rank does in it."""
+    """One rank's part of the phase."""
 
     def __init__(self, coordinator: Coordinator, settings: Settings) -> None:
         self._coordinator, self._settings = coordinator, settings
         self._cache_dir = settings.cache_dir
-        self.wish = RankRequest({})
+        self.request = RankRequest({})
 
-    def introduce(self, wish: Callable[[], RankRequest]) -> RankDescription:
-        """Make the wish, and look at the folders."""
-        self.wish = wish()
-        into = self.wish.into
-        if into is not None:
-            into.mkdir(parents=True, exist_ok=True)
+    def describe(self, make_request: Callable[[], RankRequest]) -> RankDescription:
+        """Make the request, and identify the folders of this rank."""
+        self.request = make_request()
+        link_folder = self.request.link_folder
+        if link_folder is not None:
+            link_folder.mkdir(parents=True, exist_ok=True)
         return RankDescription(
             self._coordinator.host,
             self._coordinator.node,
-            self._cache_place(),
-            None if into is None else FolderIdentity.of(into),
-            self.wish.requests,
+            self._identify_cache(),
+            None if link_folder is None else FolderIdentity.of(link_folder),
+            self.request.requests,
             self._settings.domain,
-            self._tiers(),
+            self._identify_tiers(),
         )
 
-    def _tiers(self) -> dict[Path, FolderIdentity]:
+    def _identify_tiers(self) -> dict[Path, FolderIdentity]:
         found = {}
         for tier in self._settings.cache_tiers:
             with contextlib.suppress(OSError):
                 found[tier] = FolderIdentity.of(tier)
         return found
 
-    def _cache_place(self) -> FolderIdentity:
-        # A cache that cannot be made is no error while nothing needs it: local sources are used where they are.
+    def _identify_cache(self) -> FolderIdentity:
+        # An unusable cache is no error until a file needs it: local sources are used where they are.
         with contextlib.suppress(OSError):
             self._cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -194,128 +117,147 @@ class RankProbe:
         except OSError:
             return FolderIdentity(boot_id(), -1, self._coordinator.rank)
 
-    def meet(self, job: JobRequest, meeting: StorageProbe) -> tuple[ProbeResult | None, ProbeResult | None]:
-        """Find out whose file is in this rank's cache folder, and in its folder of links; None where nobody asks."""
-        rank, into = self._coordinator.rank, self.wish.into
-        cache = self._at(self._cache_dir, meeting) if rank in job.caches else None
-        return cache, self._at(into, meeting) if into is not None and rank in job.folders else None
+    def probe(self, job: JobRequest, probe: StorageProbe) -> tuple[ProbeResult | None, ProbeResult | None]:
+        """Probe this rank's cache folder and its folder for links; None for a folder that needs no probe."""
+        rank, link_folder = self._coordinator.rank, self.request.link_folder
+        cache = self._probe_folder(self._cache_dir, probe) if rank in job.probe_caches else None
+        if link_folder is None or rank not in job.probe_link_folders:
+            return cache, None
+        return cache, self._probe_folder(link_folder, probe)
 
-    def _at(self, folder: Path, meeting: StorageProbe) -> ProbeResult | None:
+    def _probe_folder(self, folder: Path, probe: StorageProbe) -> ProbeResult | None:
         try:
-            return meeting.at(folder, self._coordinator.rank, self._coordinator.check)
+            return probe.probe(folder, self._coordinator.rank, self._coordinator.check)
         except OSError as error:
             if error.errno in READ_ONLY:
-                return None  # who cannot write here brings nothing, and makes no links
+                return None  # a rank that cannot write here downloads nothing and makes no links
             raise
 
 
 class RequestComparison:
-    """Rank 0's part: what follows from what all ranks said.
+    """Rank 0's part of the phase: compare what the ranks said, and group the ranks by storage.
 
     Parameters
     ----------
-    names
+    job_ranks
         By rank of the operation, the rank in the job.
     """
 
-    def __init__(self, names: Sequence[int]) -> None:
-        self._names = names
-        self._said: Mapping[int, RankDescription] = {}
-        self._agreed = JobRequest((), (), {}, 0, 0)
-        self._folders: tuple[StorageDomain, ...] = ()
+    def __init__(self, job_ranks: Sequence[int]) -> None:
+        self._job_ranks = job_ranks
+        self._descriptions: Mapping[int, RankDescription] = {}
+        self._job = JobRequest((), (), {}, 0, 0)
+        self._link_folders: tuple[StorageDomain, ...] = ()
 
-    def introduced(self, said: Mapping[int, RankDescription]) -> JobRequest:
-        """Group ranks by what is proven, and say what is to be found out."""
-        self._said = said
-        hosts = {rank: one.host for rank, one in said.items()}
-        domains = group({rank: one.cache for rank, one in said.items()}, hosts, self._names)
-        folders = group({rank: one.into for rank, one in said.items() if one.into}, hosts, self._names)
-        _check_domains(domains, said, final=False)
-        caches, into = (_in_question(each) for each in (domains, folders))
-        self._agreed = JobRequest(
-            requests=tuple(dict.fromkeys(request for one in said.values() for request in one.requests.values())),
-            domains=domains,
-            links=self._links(folders),
-            ranks=len(said),
-            nodes=len({one.node for one in said.values()}),
-            lag=not all(domain.local for domain in (*domains, *folders)),
-            tiers=_seen_by_all(domains, said),
-            token=secrets.token_hex(8) if caches or into else "",
-            caches=caches,
-            folders=into,
+    def compare(self, descriptions: Mapping[int, RankDescription]) -> JobRequest:
+        """Group ranks by what is proven without a probe, and name the ranks that must probe."""
+        self._descriptions = descriptions
+        hosts = {rank: description.host for rank, description in descriptions.items()}
+        domains = group_by_folder(
+            {rank: description.cache for rank, description in descriptions.items()}, hosts, self._job_ranks
         )
-        self._folders = folders
-        return self._agreed
+        link_folders = group_by_folder(
+            {rank: description.link_folder for rank, description in descriptions.items() if description.link_folder},
+            hosts,
+            self._job_ranks,
+        )
+        _check_domain_names(domains, descriptions, final=False)
+        probe_caches, probe_link_folders = (_undecided(each) for each in (domains, link_folders))
+        requests = (request for description in descriptions.values() for request in description.requests.values())
+        self._job = JobRequest(
+            requests=tuple(dict.fromkeys(requests)),
+            domains=domains,
+            links=self._links(link_folders),
+            ranks=len(descriptions),
+            nodes=len({description.node for description in descriptions.values()}),
+            may_show_late=not all(domain.local for domain in (*domains, *link_folders)),
+            tiers=_tiers_seen_by_all(domains, descriptions),
+            probe_token=secrets.token_hex(8) if probe_caches or probe_link_folders else "",
+            probe_caches=probe_caches,
+            probe_link_folders=probe_link_folders,
+        )
+        self._link_folders = link_folders
+        return self._job
 
-    def met(self, found: Mapping[int, tuple[ProbeResult | None, ProbeResult | None]]) -> JobRequest:
-        """Join what turned out to be one folder."""
+    def merge(self, found: Mapping[int, tuple[ProbeResult | None, ProbeResult | None]]) -> JobRequest:
+        """Join the domains whose probes met in one folder."""
         caches = {rank: cache for rank, (cache, _) in found.items() if cache is not None}
-        folders = {rank: folder for rank, (_, folder) in found.items() if folder is not None}
-        domains = merge(self._agreed.domains, caches, self._names)
-        _check_domains(domains, self._said, final=True)
-        links = self._links(merge(self._folders, folders, self._names))
-        return replace(self._agreed, domains=domains, links=links, tiers=_seen_by_all(domains, self._said), token="")
+        link_folders = {rank: folder for rank, (_, folder) in found.items() if folder is not None}
+        domains = merge_domains(self._job.domains, caches, self._job_ranks)
+        _check_domain_names(domains, self._descriptions, final=True)
+        links = self._links(merge_domains(self._link_folders, link_folders, self._job_ranks))
+        tiers = _tiers_seen_by_all(domains, self._descriptions)
+        return replace(self._job, domains=domains, links=links, tiers=tiers, probe_token="")
 
-    def _links(self, folders: Sequence[StorageDomain]) -> dict[int, Mapping[str, SourceRequest]]:
-        return {domain.leader: _union(domain, self._said) for domain in folders}
+    def _links(self, link_folders: Sequence[StorageDomain]) -> dict[int, Mapping[str, SourceRequest]]:
+        return {domain.leader: _union(domain, self._descriptions) for domain in link_folders}
 
 
-def _seen_by_all(domains: Sequence[StorageDomain], said: Mapping[int, RankDescription]) -> dict[int, tuple[Path, ...]]:
-    """By leader, the tiers that all ranks of its domain see: links into others would lead nowhere for some."""
+def _tiers_seen_by_all(
+    domains: Sequence[StorageDomain], descriptions: Mapping[int, RankDescription]
+) -> dict[int, tuple[Path, ...]]:
+    """Return by leader the tiers that all ranks of its domain see: links into any other tier would dangle for some."""
 
-    def same(one: FolderIdentity, other: FolderIdentity | None) -> bool:
-        return one == other or (other is not None and not one.local and not other.local)
+    def same(folder: FolderIdentity, other: FolderIdentity | None) -> bool:
+        return folder == other or (other is not None and not folder.local and not other.local)
 
     return {
         domain.leader: tuple(
             path
-            for path, place in said[domain.leader].tiers.items()
-            if place != said[domain.leader].cache
-            and all(same(place, said[rank].tiers.get(path)) for rank in domain.ranks)
+            for path, folder in descriptions[domain.leader].tiers.items()
+            if folder != descriptions[domain.leader].cache
+            and all(same(folder, descriptions[rank].tiers.get(path)) for rank in domain.ranks)
         )
         for domain in domains
     }
 
 
-def _in_question(domains: Sequence[StorageDomain]) -> tuple[int, ...]:
+def _undecided(domains: Sequence[StorageDomain]) -> tuple[int, ...]:
+    """Return the leaders whose folders may be the same one: several, on file systems that other machines see."""
     shareable = tuple(domain.leader for domain in domains if not domain.local)
     return shareable if len(shareable) > 1 else ()
 
 
-def _check_domains(domains: Sequence[StorageDomain], said: Mapping[int, RankDescription], *, final: bool) -> None:
-    """Compare what the user says of domains with what is known.
+def _check_domain_names(
+    domains: Sequence[StorageDomain], descriptions: Mapping[int, RankDescription], *, final: bool
+) -> None:
+    """Compare the names that users gave to domains with the domains that were found.
 
     Parameters
     ----------
     final
-        Whether folders that are not in one domain are known to be different.
+        Whether two domains are known to have different folders.
     """
     by_name: dict[str, StorageDomain] = {}
     for domain in domains:
-        named = sorted({said[rank].domain for rank in domain.ranks})
-        if len(named) > 1:
+        names = sorted({descriptions[rank].domain for rank in domain.ranks})
+        if len(names) > 1:
             raise PlanMismatch(
-                f"ranks {ranges(list(domain.names))} on {domain.host} see one cache folder, but WEIGHTFERRY_DOMAIN "
-                f"says {' and '.join(repr(name) for name in named)}"
+                f"{_name(domain)} see one cache folder, but WEIGHTFERRY_DOMAIN "
+                f"says {' and '.join(repr(name) for name in names)}"
             )
-        other = by_name.setdefault(named[0], domain)
-        if named[0] and other is not domain and (final or domain.local or other.local):
+        other = by_name.setdefault(names[0], domain)
+        if names[0] and other is not domain and (final or domain.local or other.local):
             raise PlanMismatch(
-                f"WEIGHTFERRY_DOMAIN is {named[0]!r} for ranks {ranges(list(other.names))} on {other.host} and ranks "
-                f"{ranges(list(domain.names))} on {domain.host}, but their cache folders are different ones"
+                f"WEIGHTFERRY_DOMAIN is {names[0]!r} for {_name(other)} and {_name(domain)}, but these are different "
+                "cache folders"
             )
 
 
-def _union(domain: StorageDomain, introductions: Mapping[int, RankDescription]) -> dict[str, SourceRequest]:
-    """Join what the ranks of one folder of links want there."""
+def _name(domain: StorageDomain) -> str:
+    return f"ranks {format_ranks(list(domain.job_ranks))} on {domain.host}"
+
+
+def _union(domain: StorageDomain, descriptions: Mapping[int, RankDescription]) -> dict[str, SourceRequest]:
+    """Join what the ranks of one folder for links want there."""
     wanted: dict[str, tuple[int, SourceRequest]] = {}
-    for rank, name_of in zip(domain.ranks, domain.names, strict=True):
-        for name, request in introductions[rank].requests.items():
+    for rank, job_rank in zip(domain.ranks, domain.job_ranks, strict=True):
+        for name, request in descriptions[rank].requests.items():
             first, other = wanted.setdefault(name, (rank, request))
             if other != request:
-                first_name = domain.names[domain.ranks.index(first)]
+                first_job_rank = domain.job_ranks[domain.ranks.index(first)]
                 raise PlanMismatch(
-                    f"one link, two sources: {name or 'the folder'} is {other} on rank {first_name} "
-                    f"({introductions[first].host}) and {request} on rank {name_of} ({introductions[rank].host})"
+                    f"one link, two sources: {name or 'the folder'} is {other} on rank {first_job_rank} "
+                    f"({descriptions[first].host}) and {request} on rank {job_rank} ({descriptions[rank].host})"
                 )
     return {name: request for name, (_, request) in wanted.items()}

@@ -1,7 +1,7 @@
-"""How many reads a leader has open at a time: fewer when the origin says that it is too busy, and more again later.
+"""Limit the open reads of a leader: fewer when the origin answers that it is too busy, and more again later.
 
-Additive increase, multiplicative decrease, as TCP shares a link: leaders that know nothing of each other come to what
-the origin bears together.
+Additive increase, multiplicative decrease, as TCP does: leaders that do not know of each other converge on the load
+that the origin can bear.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from contextlib import contextmanager
 
 from weightferry.origins.retry import Monitor
 
-_LOOK_EVERY = 0.2  # seconds between two looks whether the operation still goes on
-_ONE_WAVE = 1.0  # seconds: reads that were open together are refused together, and that says it once
+_CHECK_EVERY = 0.2  # seconds between two checks whether the operation still runs
+_SAME_REFUSAL = 1.0  # seconds: reads that were open together are refused together, which counts once
 
 
 class ConnectionLimiter:
-    """Each open read is in one. Safe to use from several threads.
+    """Limits how many reads are open at a time. Safe to use from several threads.
 
     Parameters
     ----------
     most
-        Reads open at a time while nobody is refused.
+        Open reads at a time while the origin refuses none.
     clock
-        Seconds, of a clock that never goes back.
+        Returns seconds; never goes back.
 
     Attributes
     ----------
     allowed : int
-        Reads open at a time now.
+        Open reads that are allowed now.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,15 +44,15 @@ class ConnectionLimiter:
         return f"ConnectionLimiter({self._open} open, {self.allowed} of {self._most} allowed)"
 
     @contextmanager
-    def one(self, monitor: Monitor) -> Iterator[None]:
-        """Wait until a read may be opened; it is over when this context is left.
+    def slot(self, monitor: Monitor) -> Iterator[None]:
+        """Wait until a read may be opened; it counts as open until the context ends.
 
-        What `Monitor.check` raises ends the wait.
+        An error that `Monitor.check` raises ends the wait.
         """
         with self._changed:
             while self._open >= self.allowed:
                 monitor.check()
-                self._changed.wait(_LOOK_EVERY)
+                self._changed.wait(_CHECK_EVERY)
             self._open += 1
         try:
             yield
@@ -61,15 +61,15 @@ class ConnectionLimiter:
                 self._open -= 1
                 self._changed.notify_all()
 
-    def refused(self) -> None:
-        """Half as many from now on: the origin was too busy for one."""
+    def on_refused(self) -> None:
+        """Halve the allowed reads: the origin answered that it is too busy."""
         with self._changed:
             now = self._clock()
-            if now - self._halved_at > _ONE_WAVE:
+            if now - self._halved_at > _SAME_REFUSAL:
                 self._halved_at, self.allowed = now, max(1, self.allowed // 2)
 
-    def served(self) -> None:
-        """One more from now on: a read was answered to its end."""
+    def on_served(self) -> None:
+        """Allow one read more: the origin answered a read to its end."""
         with self._changed:
             self.allowed = min(self._most, self.allowed + 1)
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""One big file on its way into the cache: written in any order, hashed in order, published when it is right."""
+"""A big file that arrives in the cache: written in any order, hashed in order, published when its checksum matches."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from weightferry.errors import error_context
 from weightferry.hashing import Hashes
 from weightferry.manifest import File, PinnedSource
 
-COMPARED = 4 << 20
-"""Bytes in each part of a wrong file that is compared between domains."""
-_AT_A_TIME = 64 << 20
-"""Bytes of a file that are hashed before another one gets its turn."""
+BLOCK = 4 << 20
+"""Bytes of each block of a damaged file that is compared between domains."""
+_HASH_BATCH = 64 << 20
+"""Bytes of a file that are hashed before another file gets its turn."""
 
 
 @dataclass(frozen=True)
 class ChecksumMismatch:
-    """A file whose bytes are not the promised ones.
+    """A file whose bytes do not have the published checksum.
 
     Attributes
     ----------
-    got : str
-        Digest, by the algorithm of the origin.
-    parts : tuple of int
-        CRC-32 of each 4 MiB of it, to find out who has which of them wrong.
+    actual : str
+        Digest of the bytes, by the algorithm of the origin.
+    block_crcs : tuple of int
+        CRC-32 of each 4 MiB block, to find out which domain has which block wrong.
     """
 
-    got: str
-    parts: tuple[int, ...]
+    actual: str
+    block_crcs: tuple[int, ...]
 
 
 class IncomingFile:
-    """Takes what comes of one file, from the origin or from a peer. Safe to use from several threads.
+    """Takes the bytes of one file, from the origin or from a peer. Safe to use from several threads.
 
     Parameters
     ----------
-    layout, pinned, file
-        Which file.
+    layout, entry
+        The cache, and the file in it.
     path
-        Of the partial data.
-    runs
-        What of it was there before.
+        Of the partial file.
+    ranges
+        The ranges that an earlier transfer left in it.
     pool
-        Hashes, and publishes.
-    ended
+        Runs the hashing and the publishing.
+    on_finished
         Called once, from the pool: with the SHA-256 of the published file, with a `ChecksumMismatch`, or with the error
         that prevented publishing.
     """
@@ -63,13 +63,13 @@ class IncomingFile:
         layout: CacheLayout,
         entry: tuple[PinnedSource, File],
         path: Path,
-        runs: list[WrittenRange],
+        ranges: list[WrittenRange],
         pool: Executor,
-        ended: Callable[[str | ChecksumMismatch | Exception], None],
+        on_finished: Callable[[str | ChecksumMismatch | Exception], None],
     ) -> None:
         self._layout, (self.pinned, self.file), self.path = layout, entry, path
         self.size = self.file.size
-        self._runs, self._pool, self._ended = runs, pool, ended
+        self._ranges, self._pool, self._on_finished = ranges, pool, on_finished
         self._lock = Lock()
         self._opened: PartialFile | None = None
         self._hashes, self._hashed = Hashes(self.file.checksum, self.file.size), 0
@@ -80,67 +80,65 @@ class IncomingFile:
 
     @property
     def partial(self) -> PartialFile:
-        """The partial data of a file that is not published, opened when it is first needed.
-
-        Not earlier: there may be more files than a process may open.
-        """
+        """The partial file, opened when it is first needed: a process may open fewer files than a transfer has."""
         partial = self._unpublished()
         if partial is None:
             raise RuntimeError(f"{self!r} is published")
         return partial
 
     def _unpublished(self) -> PartialFile | None:
-        """Return the partial data; None once the file is published.
+        """Return the partial file, or None if the file is published.
 
-        Both in one step: else who looks for bytes while they are published finds new, empty partial data.
+        Both in one step: otherwise a thread that looks for bytes while the file is published opens a new, empty partial
+        file.
         """
         with self._lock:
             if self._published:
                 return None
             if self._opened is None:
-                self._opened = PartialFile(self.path, self.size, self.file.key, self._runs)
+                self._opened = PartialFile(self.path, self.size, self.file.key, self._ranges)
             return self._opened
 
     def begin(self) -> None:
-        """Take the space on the disk, and go on with what was there before."""
+        """Take the space on the disk, and hash the bytes that an earlier transfer left."""
         self.partial  # noqa: B018 -- opens it
-        self._hash_on()
+        self._continue_hashing()
 
-    def note(self, run: WrittenRange) -> None:
-        """Put down that a run of bytes was written to `partial`."""
-        self.partial.record(run)
-        self._hash_on()
+    def record(self, written: WrittenRange) -> None:
+        """Record that a range of bytes was written to `partial`."""
+        self.partial.record(written)
+        self._continue_hashing()
 
-    def end_at(self, size: int) -> None:
-        """Say where a file ends whose size nobody knew."""
+    def set_size(self, size: int) -> None:
+        """Set the size of a file whose origin did not publish it."""
         self.size = size
-        self._hash_on()
+        self._continue_hashing()
 
     def covers(self, start: int, stop: int) -> bool:
-        """Whether all bytes from `start` to `stop` are there."""
+        """Return whether all bytes from `start` to `stop` are present."""
         partial = self._unpublished()
         return partial is None or partial.covers(start, stop)
 
     def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """What is not there between `start` and `stop`."""
+        """Return the ranges between `start` and `stop` that are not present."""
         partial = self._unpublished()
         return [] if partial is None else partial.missing(start, stop)
 
     def open(self, flags: int) -> int:
-        """Open the data, wherever it is by now."""
+        """Open the partial file, or the published one if it was published meanwhile."""
         try:
             return os.open(self.path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return os.open(self._layout.blob(self.pinned, self.file), flags | os.O_CLOEXEC)
 
-    def _hash_on(self) -> None:
+    def _continue_hashing(self) -> None:
         with self._lock:
-            if not self._hashing and self._is_due():
+            if not self._hashing and self._has_bytes_to_hash():
                 self._hashing = True
-                with contextlib.suppress(RuntimeError):  # the pool was shut down: the transfer has failed
+                with contextlib.suppress(RuntimeError):  # the pool was shut down because the transfer has failed
                     self._pool.submit(self._hash)
 
-    def _is_due(self) -> bool:
+    def _has_bytes_to_hash(self) -> bool:
         if self._published or self._opened is None:
             return False
         return self._opened.contiguous_end(self._hashed) > self._hashed or self._hashed == self.size
@@ -148,35 +146,35 @@ class IncomingFile:
     def _hash(self) -> None:
         try:
             partial = self.partial
-            end = min(partial.contiguous_end(self._hashed), self._hashed + _AT_A_TIME)
+            end = min(partial.contiguous_end(self._hashed), self._hashed + _HASH_BATCH)
             for chunk in partial.read(self._hashed, end):
                 self._hashes.update(chunk)
             self._hashed = end
             if end == self.size:
-                self._conclude()
+                self._finish()
                 return
-        except Exception as error:  # noqa: BLE001 -- told to whoever waits for the end
-            self._ended(error)
+        except Exception as error:  # noqa: BLE001 -- passed to the session
+            self._on_finished(error)
             return
         with self._lock:
             self._hashing = False
-        self._hash_on()
+        self._continue_hashing()
 
-    def _conclude(self) -> None:
+    def _finish(self) -> None:
         if not self._hashes.matches:
-            self._ended(ChecksumMismatch(self._hashes.hexdigest, tuple(self._crcs())))
+            self._on_finished(ChecksumMismatch(self._hashes.hexdigest, tuple(self._block_crcs())))
             return
         with error_context(phase="publish", subject=f"{self.pinned.name}/{self.file.path}"):
             publish(self._layout, self.pinned, self.file, self.path, self._hashes.sha256)
         with self._lock:
             self._published, self._opened = True, None
-        self._ended(self._hashes.sha256)
+        self._on_finished(self._hashes.sha256)
 
-    def _crcs(self) -> list[int]:
+    def _block_crcs(self) -> list[int]:
         crcs, size = [], self.size or 0
-        for start in range(0, size, COMPARED):
+        for start in range(0, size, BLOCK):
             crc = 0
-            for chunk in self.partial.read(start, min(start + COMPARED, size)):
+            for chunk in self.partial.read(start, min(start + BLOCK, size)):
                 crc = zlib.crc32(chunk, crc)
             crcs.append(crc)
         return crcs

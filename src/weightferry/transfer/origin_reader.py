@@ -1,4 +1,4 @@
-"""What a leader reads from the origins: piece after piece, over several connections."""
+"""Read the pieces of one leader from the origins, over several connections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
 
-from weightferry.errors import CollectError, OriginUnreachable, at
+from weightferry.errors import CollectError, OriginUnreachable, error_context
 from weightferry.manifest import Manifest
 from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
 from weightferry.origins.hub_cache import HubCacheOrigin, user_hub_cache
@@ -26,35 +26,35 @@ T = TypeVar("T")
 
 
 class OriginReader:
-    """Reads pieces into the stock.
+    """Reads pieces into the piece store.
 
     Parameters
     ----------
-    stock
-        Where the bytes go.
-    noted
-        Called with the place of a file after more of it is there.
-    course
+    piece_store
+        Takes the bytes.
+    on_bytes
+        Called with the index of a file after more of its bytes were recorded.
+    session
         Runs the threads, one for each connection.
     origins
-        Makes the origin of a scheme; each is made once.
+        Returns the origin of a scheme; called once for each scheme.
     """
 
     def __init__(
         self,
         piece_store: PieceStore,
-        noted: Callable[[int], None],
+        on_bytes: Callable[[int], None],
         settings: Settings,
         session: TransferSession,
         origins: Callable[[str, Settings], Origin],
     ) -> None:
-        self._piece_store, self._noted, self._settings, self._session = piece_store, noted, settings, session
+        self._piece_store, self._on_bytes, self._settings, self._session = piece_store, on_bytes, settings, session
         self._origins, self._readers = origins, dict[str, RangeReader]()
         self._pieces = deque[Piece]()
-        self._nearby: RangeReader | None = None
+        self._user_cache_reader: RangeReader | None = None
 
     def start(self, numbers: Sequence[int], pieces: Sequence[Piece]) -> None:
-        """Begin to read these pieces, in their order."""
+        """Start to read these pieces, in their order."""
         self._pieces.extend(pieces[number] for number in numbers)
         limiter = ConnectionLimiter(self._settings.connections)
         for piece in self._pieces:
@@ -63,12 +63,12 @@ class OriginReader:
                 origin = self._origins(scheme, self._settings)
                 self._readers[scheme] = RangeReader(origin, self._settings, self._session, limiter)
         folders = HubCacheOrigin([user_hub_cache()])
-        self._nearby = RangeReader(folders, self._settings, _CopyMonitor(self._session), limiter)
+        self._user_cache_reader = RangeReader(folders, self._settings, _CopyMonitor(self._session), limiter)
         for _ in range(min(self._settings.connections, len(self._pieces))):
             self._session.start("read", self._run)
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         for reader in self._readers.values():
             reader.close()
 
@@ -79,81 +79,86 @@ class OriginReader:
                 piece = self._pieces.popleft()
             except IndexError:
                 return
-            self._piece(piece)
+            self._read_piece(piece)
 
-    def _piece(self, piece: Piece) -> None:
+    def _read_piece(self, piece: Piece) -> None:
         for index in piece.files:
             pinned, file = self._piece_store.files[index]
-            with at(subject=f"{pinned.name}/{file.path}"):
+            with error_context(subject=f"{pinned.name}/{file.path}"):
                 if piece.bundle:
-                    self._small(index)
+                    self._read_small(index)
                 else:
-                    self._range(index, piece)
+                    self._read_big(index, piece)
 
-    def _small(self, index: int) -> None:
+    def _read_small(self, index: int) -> None:
         if self._piece_store.is_missing(index):
             pinned, file = self._piece_store.files[index]
-            content, sha256 = self._read(index, lambda reader: reader.whole(pinned, file))
-            self._piece_store.keep(index, content, sha256)
-        self._noted(index)
+            content, sha256 = self._read(index, lambda reader: reader.read_whole(pinned, file))
+            self._piece_store.publish_small(index, content, sha256)
+        self._on_bytes(index)
 
-    def _range(self, index: int, piece: Piece) -> None:
+    def _read_big(self, index: int, piece: Piece) -> None:
         incoming = self._piece_store.incoming[index]
 
         def read(reader: RangeReader) -> None:
             spans = [(piece.start, None)] if piece.stop is None else incoming.missing(piece.start, piece.stop)
             for span in spans:
-                reader.range(incoming, span, lambda: self._noted(index))
+                reader.read_range(incoming, span, lambda: self._on_bytes(index))
 
         self._read(index, read)
 
     def _read(self, index: int, read: Callable[[RangeReader], T]) -> T:
-        """Read near by if it is there, else from its origin."""
+        """Read from the user's Hugging Face cache if the file is there, otherwise from its origin."""
         pinned, file = self._piece_store.files[index]
-        if self._nearby and index in self._piece_store.nearby:
+        if self._user_cache_reader and index in self._piece_store.in_user_cache:
             try:
-                return read(self._nearby)
+                return read(self._user_cache_reader)
             except (CollectError, OSError) as error:
                 self._session.check()
-                logger.warning("%s/%s: %s; reading from the origin", pinned.name, file.path, error)
+                logger.warning(
+                    "%s/%s: cannot read the copy in the user's Hugging Face cache (%s); reading from the origin",
+                    pinned.name,
+                    file.path,
+                    error,
+                )
         return read(self._readers[pinned.source.scheme])
 
 
 class _CopyMonitor:
-    """Counts bytes as copied; see `Monitor`."""
+    """Counts bytes as copied from the user's Hugging Face cache; see `Monitor`."""
 
     def __init__(self, session: TransferSession) -> None:
-        self.check, self.moved = session.check, session.copied
+        self.check, self.count_bytes = session.check, session.count_copied
 
 
-def unreachable(
+def find_unreachable_sources(
     manifest: Manifest,
     missing: Sequence[int],
     settings: Settings,
     origins: Callable[[str, Settings], Origin] = origin_for,
 ) -> dict[int, CollectError]:
-    """Ask of each source that has something missing whether this rank may read one of its files.
+    """Test for each source with missing files whether this rank may read one of them at its origin.
 
-    An origin that answers that it is busy was reached.
+    An origin that answers that it is too busy is reachable.
 
     Returns
     -------
     dict of int to CollectError
-        By the place of a source in the manifest, why not.
+        By index of the source in the manifest, the reason. Reachable sources are not in it.
     """
     files = list(manifest.staged())
-    cannot: dict[int, CollectError] = {}
+    errors: dict[int, CollectError] = {}
     for source, index in {manifest.source_of(index): index for index in missing}.items():
         pinned, file = files[index]
         name = f"{pinned.name}/{file.path}"
         try:
-            # At the pinned commit, where there are commits.
+            # At the pinned commit, if the origin has commits.
             revision = pinned.commit if pinned.source.scheme == "hf" else pinned.source.revision
             with closing(origins(pinned.source.scheme, settings)) as origin:
-                origin.reach(replace(pinned.source, path=file.path, revision=revision))
+                origin.check_access(replace(pinned.source, path=file.path, revision=revision))
         except TransientOriginError as error:
             if isinstance(error, Unreachable):
-                cannot[source] = OriginUnreachable(f"cannot be reached: {error}", subject=name)
+                errors[source] = OriginUnreachable(f"cannot reach the origin: {error}", subject=name)
         except CollectError as error:
-            cannot[source] = error
-    return cannot
+            errors[source] = error
+    return errors

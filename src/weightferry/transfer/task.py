@@ -1,4 +1,4 @@
-"""What a leader does for its domain: read its pieces, pass them round, publish each file when it is right."""
+"""Run one leader's part of the plan: read its pieces, relay them, publish each file when its checksum matches."""
 
 from __future__ import annotations
 
@@ -14,37 +14,59 @@ from weightferry.settings import Settings
 from weightferry.transfer.incoming_file import ChecksumMismatch
 from weightferry.transfer.origin_reader import OriginReader
 from weightferry.transfer.piece_store import PieceStore
-from weightferry.transfer.plan import TransferTask
+from weightferry.transfer.plan import Plan
 from weightferry.transfer.relay.queue import RelayQueue
 from weightferry.transfer.session import TransferSession
 
-# Files hashed at a time: SHA-256 runs at 1.8 GB/s a core (measured), so four keep up with 50 Gbit/s.
-_HASHERS = 4
+# Files hashed at a time. SHA-256 runs at 1.8 GB/s a core (measured), so four keep up with 50 Gbit/s.
+_HASH_THREADS = 4
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """What one leader needs to know of a transfer.
+
+    Attributes
+    ----------
+    plan : Plan
+        The same for all leaders.
+    missing : tuple of int
+        The files that are not complete in this domain, by index.
+    hosts : mapping of int to str
+        By leader, its host name.
+    attempt : int
+        Number of the transfer in its operation, from 1.
+    """
+
+    plan: Plan
+    missing: tuple[int, ...]
+    hosts: Mapping[int, str]
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What one leader did.
+    """What one leader transferred.
 
     Attributes
     ----------
     origin_bytes : int
-        Bytes that came from the origin, those of broken attempts included.
+        Bytes from the origin, those of broken attempts included.
     peer_bytes_in, peer_bytes_out : int
-        Bytes that came from the left neighbour, and that went to the right one.
+        Bytes from the left neighbour, and to the right one.
     copied_bytes : int
-        Bytes that came from the user's Hugging Face cache.
+        Bytes from the user's Hugging Face cache.
     sha256 : mapping of int to str
-        Of the files that were published, by their place in `Manifest.staged()`.
-    wrong : mapping of int to Wrong
-        Files that came with other bytes than promised; they are not published.
+        Of the published files, by their index in `Manifest.staged()`.
+    mismatches : mapping of int to ChecksumMismatch
+        The files with wrong bytes, by index; they are not published.
     """
 
     origin_bytes: int = 0
     peer_bytes_in: int = 0
     peer_bytes_out: int = 0
     sha256: Mapping[int, str] = field(default_factory=dict)
-    wrong: Mapping[int, ChecksumMismatch] = field(default_factory=dict)
+    mismatches: Mapping[int, ChecksumMismatch] = field(default_factory=dict)
     copied_bytes: int = 0
 
     def __add__(self, later: TransferResult) -> TransferResult:
@@ -53,12 +75,12 @@ class TransferResult:
             self.peer_bytes_in + later.peer_bytes_in,
             self.peer_bytes_out + later.peer_bytes_out,
             {**self.sha256, **later.sha256},
-            later.wrong,
+            later.mismatches,
             self.copied_bytes + later.copied_bytes,
         )
 
 
-def bring(
+def run_transfer(
     task: TransferTask,
     surveyor: CacheSurveyor,
     settings: Settings,
@@ -70,34 +92,34 @@ def bring(
     Parameters
     ----------
     surveyor
-        Of this domain's cache; its locks are held.
+        Of this domain's cache; holds the locks of the missing files.
 
     Raises
     ------
     CollectError, OSError
-        The first thing that went wrong. What was published before stays; what had come of other files is found by the
-        next run. Nothing half-written has a final name.
+        The first error. Published files stay. The next run continues from the bytes that arrived of other files. No
+        incomplete file has a final name.
     """
-    plan, me = task.plan, coordinator.rank
-    session = TransferSession(coordinator, task.lacking)
-    with ExitStack() as left:
-        left.callback(session.stop.set)
-        hashers = ThreadPoolExecutor(_HASHERS, thread_name_prefix="weightferry-hash")
-        # Waited for: nobody publishes once the locks are given back.
-        left.callback(hashers.shutdown, cancel_futures=True)
-        piece_store = PieceStore(surveyor, task.lacking, plan.pieces, hashers, session.ended)
-        left.callback(piece_store.close)
-        relay_queue = RelayQueue(plan.pieces, plan.passed_by(me), piece_store)
-        coordinator.expect(plan.bytes_for(me))
+    plan, leader = task.plan, coordinator.rank
+    session = TransferSession(coordinator, task.missing)
+    with ExitStack() as stack:
+        stack.callback(session.stop.set)
+        hash_pool = ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="weightferry-hash")
+        # The exit waits for this pool: no thread may publish a file after its lock is released.
+        stack.callback(hash_pool.shutdown, cancel_futures=True)
+        piece_store = PieceStore(surveyor, task.missing, plan.pieces, hash_pool, session.finish_file)
+        stack.callback(piece_store.close)
+        relay_queue = RelayQueue(plan.pieces, plan.relayed_by(leader), piece_store)
+        coordinator.expect_bytes(plan.bytes_for(leader))
         piece_store.begin()
-        relay_queue.look()
-        reading = OriginReader(piece_store, relay_queue.look, settings, session, origins)
-        left.callback(reading.close)
-        reading.start(plan.reads[me], plan.pieces)
-        if plan.edges_of(me):
-            from weightferry.transfer.relay.ring import join  # torch is only needed where there are neighbours
+        relay_queue.update()
+        reader = OriginReader(piece_store, relay_queue.update, settings, session, origins)
+        stack.callback(reader.close)
+        reader.start(plan.reads[leader], plan.pieces)
+        if plan.edges_of(leader):
+            from weightferry.transfer.relay.ring import join_ring  # torch is only needed where there are neighbours
 
-            left.enter_context(join(task, piece_store, relay_queue, settings, coordinator, session))
+            stack.enter_context(join_ring(task, piece_store, relay_queue, settings, coordinator, session))
         session.wait()
-    moved = (session.origin_bytes, session.peer_bytes_in, session.peer_bytes_out)
-    return TransferResult(*moved, session.sha256, session.wrong, session.copied_bytes)
+    counts = (session.origin_bytes, session.peer_bytes_in, session.peer_bytes_out)
+    return TransferResult(*counts, session.sha256, session.mismatches, session.copied_bytes)

@@ -1,4 +1,4 @@
-"""Which frames the right neighbour waits for, in the order in which they come to be there."""
+"""The frames to relay to the right neighbour, in the order in which their bytes arrive."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from weightferry.transfer.pieces import FRAME, Frame, Piece
 
 
 class RelayFrame(NamedTuple):
-    """A frame to be sent; `last` of its piece."""
+    """A frame to send; `last` tells whether it is the last one of its piece."""
 
     frame: Frame
     last: bool
 
 
 class RelayQueue:
-    """Hands out frames as soon as their bytes are there. Safe to use from several threads.
+    """Hands out frames as soon as their bytes are present. Safe to use from several threads.
 
     Parameters
     ----------
     pieces
         Of the plan.
     numbers
-        Which of them go to the neighbour.
-    stock
-        Knows what is there.
+        The pieces to relay.
+    piece_store
+        Tells which bytes are present.
     """
 
     def __init__(self, pieces: tuple[Piece, ...], numbers: Collection[int], piece_store: PieceStore) -> None:
@@ -44,8 +44,8 @@ class RelayQueue:
     def __repr__(self) -> str:
         return f"RelayQueue({len(self._ready)} frames ready, {len(self._next)} pieces to go)"
 
-    def look(self, index: int | None = None) -> None:
-        """Look for frames that are there now; of one file, or of all."""
+    def update(self, index: int | None = None) -> None:
+        """Queue the frames whose bytes are present now: of one file, or of all files."""
         with self._changed:
             numbers = list(self._next) if index is None else self._of_file.get(index, ())
             for number in numbers:
@@ -67,7 +67,7 @@ class RelayQueue:
                 del self._next[number]
 
     def take(self, timeout: float) -> RelayFrame | None:
-        """Return the next frame; None when none came within `timeout` seconds."""
+        """Return the next frame, or None if there was none within `timeout` seconds."""
         with self._changed:
             if not self._ready and self._next:
                 self._changed.wait(timeout)
@@ -75,6 +75,6 @@ class RelayQueue:
 
     @property
     def finished(self) -> bool:
-        """Whether every frame was handed out."""
+        """Whether all frames were handed out."""
         with self._changed:
             return not self._ready and not self._next

@@ -1,0 +1,160 @@
+"""The heartbeats of ranks: sent from a thread of each rank, and watched for ranks that stand still."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import distributed as dist
+
+from weightferry.cluster.barrier import StoreBarrier
+from weightferry.cluster.results import PhaseResult
+from weightferry.cluster.store import put
+from weightferry.report.rank_progress import Progress
+from weightferry.settings import Settings
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A sign that a rank is alive.
+
+    Attributes
+    ----------
+    count
+        Number of heartbeats before this one.
+    progress
+        Progress of the rank; None while no bytes are expected.
+    """
+
+    count: int
+    progress: Progress | None = None
+
+    def dumps(self) -> bytes:
+        """Return the pickled heartbeat, small: the store holds one for every rank."""
+        active = self.progress and (self.progress.expected or self.progress.wait_reason)
+        return pickle.dumps((self.count, self.progress if active else None))
+
+    @classmethod
+    def loads(cls, data: bytes) -> Heartbeat:
+        """Read the heartbeat of a rank of this job."""
+        return cls(*pickle.loads(data))  # noqa: S301
+
+
+def heartbeat_key(rank: int) -> str:
+    """Return the key below the operation's prefix that holds the latest heartbeat of `rank`."""
+    return f"heartbeat/{rank}"
+
+
+class HeartbeatSender:
+    """Sends the heartbeats of one rank, and notices when its work has become pointless.
+
+    The thread also sends rank 0's ticks, reads rank 0's ticks on the other ranks, and looks for the result of the
+    current phase: while this rank still works, the phase may have failed on another rank.
+
+    Parameters
+    ----------
+    rank
+        In the operation.
+    open_store
+        Returns a client of the job's store below the operation's prefix, on which no other thread waits. Called in the
+        thread: most operations end before the first heartbeat.
+    barrier
+        On rank 0, the barrier whose ticks are sent; None on other ranks.
+    current_phase
+        Returns the name of the phase that this rank works in; empty before the first one.
+    progress
+        Returns the progress of this rank.
+    describe
+        Returns the error text of a failed phase, or an empty text.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        settings: Settings,
+        open_store: Callable[[], dist.Store],
+        barrier: StoreBarrier | None,
+        current_phase: Callable[[], str],
+        progress: Callable[[], Progress],
+        describe: Callable[[PhaseResult], str],
+    ) -> None:
+        self._rank, self._settings, self._open_store, self._barrier = rank, settings, open_store, barrier
+        self._current_phase, self._progress, self._describe = current_phase, progress, describe
+        self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no phase will get a result
+        self._store_answered = time.monotonic()
+        self._ended = threading.Event()
+        self._finished_phase, self._reason = "", ""
+        self._thread = threading.Thread(target=self._run, name="weightferry-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to end; it may be inside a call that does not return."""
+        self._ended.set()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread, at most `timeout` seconds; return whether it has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def cut_off(self) -> None:
+        """Record that the store is gone."""
+        self._cut_off.set()
+
+    def is_cut_off(self) -> bool:
+        """Return whether no phase will get a result any more: the store is gone or silent, or rank 0 is."""
+        return self._cut_off.is_set() or time.monotonic() - self._store_answered > self._settings.beat_timeout
+
+    def failed_elsewhere(self, phase: str) -> str | None:
+        """Return the error text of `phase` if it already has a result; None if it has none."""
+        return self._reason if phase and phase == self._finished_phase else None
+
+    def _run(self) -> None:
+        sent, last_tick = 0, (0, time.monotonic())
+        try:
+            while not self._ended.wait(self._settings.beat_interval):
+                store = self._open_store()
+                sent += 1
+                put(store, heartbeat_key(self._rank), Heartbeat(sent, self._progress()).dumps())
+                if self._barrier:
+                    self._barrier.tick()
+                barrier, phase = StoreBarrier(store), self._current_phase()
+                if phase and (result := barrier.result(phase)) is not None:
+                    self._reason, self._finished_phase = self._describe(result), phase
+                ticks = barrier.ticks()
+                self._store_answered = time.monotonic()
+                if ticks != last_tick[0]:
+                    last_tick = (ticks, self._store_answered)
+                elif ticks and self._store_answered - last_tick[1] > self._settings.beat_timeout:
+                    self._cut_off.set()
+        except dist.DistError:
+            self._cut_off.set()  # the thread that waits on the store raises the error
+
+
+class StallDetector:
+    """Finds values, by rank, that have not changed for longer than a timeout.
+
+    Parameters
+    ----------
+    timeout
+        Seconds.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._since: dict[int, tuple[object, float]] = {}
+
+    def stalled(self, values: Mapping[int, object]) -> list[int]:
+        """Take the current values; return the ranks whose value has not changed for the timeout."""
+        now = time.monotonic()
+        # A rank that is missing from `values` for a while starts anew.
+        self._since = {
+            rank: before if (before := self._since.get(rank)) and before[0] == value else (value, now)
+            for rank, value in values.items()
+        }
+        return [rank for rank in values if now - self._since[rank][1] > self._timeout]
