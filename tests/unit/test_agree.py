@@ -24,20 +24,23 @@ from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 
 A, B = SourceRequest.of("org/a", "x.ckpt"), SourceRequest.of("org/b", "x.ckpt")
-HERE, THERE = FolderIdentity("boot0", 1, 1), FolderIdentity("boot1", 1, 1)
+THIS_MACHINE, OTHER_MACHINE = FolderIdentity("boot0", 1, 1), FolderIdentity("boot1", 1, 1)
 
 
-def agree(said: dict[int, RankDescription]) -> JobRequest:
-    return RequestComparison(range(64)).compare(said)
+def agree(descriptions: dict[int, RankDescription]) -> JobRequest:
+    return RequestComparison(range(64)).compare(descriptions)
 
 
-def says(
-    host: str = "h0", cache: FolderIdentity = HERE, link_folder: FolderIdentity | None = None, **requests: SourceRequest
+def described(
+    host: str = "h0",
+    cache: FolderIdentity = THIS_MACHINE,
+    link_folder: FolderIdentity | None = None,
+    **requests: SourceRequest,
 ) -> RankDescription:
     return RankDescription(host, f"{host}/0", cache, link_folder, requests)
 
 
-class TestPlaces:
+class TestFolderIdentity:
     def test_the_same_folder_by_any_path(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
@@ -47,8 +50,8 @@ class TestPlaces:
         assert place != FolderIdentity.of(tmp_path / "b")
 
     def test_numbers_of_another_machine_mean_nothing(self) -> None:
-        assert HERE != THERE
-        assert len(group_by_folder({0: HERE, 1: THERE}, {0: "h0", 1: "h1"})) == 2
+        assert THIS_MACHINE != OTHER_MACHINE
+        assert len(group_by_folder({0: THIS_MACHINE, 1: OTHER_MACHINE}, {0: "h0", 1: "h1"})) == 2
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -56,7 +59,7 @@ class TestPlaces:
 
 
 def test_the_lowest_rank_leads() -> None:
-    places = {3: HERE, 1: HERE, 2: THERE, 0: THERE}
+    places = {3: THIS_MACHINE, 1: THIS_MACHINE, 2: OTHER_MACHINE, 0: OTHER_MACHINE}
     hosts = {0: "h1", 1: "h0", 2: "h1", 3: "h0"}
     domains = group_by_folder(places, hosts)
     assert [(domain.leader, domain.ranks, domain.host) for domain in domains] == [(0, (0, 2), "h1"), (1, (1, 3), "h0")]
@@ -66,7 +69,7 @@ def test_the_lowest_rank_leads() -> None:
 
 class TestAgree:
     def test_the_union_in_the_order_of_ranks(self) -> None:
-        job = agree({0: says(x=A), 1: says(x=A, y=B), 2: says("h1", THERE, z=A)})
+        job = agree({0: described(x=A), 1: described(x=A, y=B), 2: described("h1", OTHER_MACHINE, z=A)})
         assert job.requests == (A, B)
         assert job.leaders == (0, 2)
         assert (job.ranks, job.nodes) == (3, 2)
@@ -75,7 +78,10 @@ class TestAgree:
         assert job.links == {}
 
     def test_two_agents_on_one_host_are_two_nodes(self) -> None:
-        one, two = RankDescription("h", "h/0", HERE, None, {}), RankDescription("h", "h/1", HERE, None, {})
+        one, two = (
+            RankDescription("h", "h/0", THIS_MACHINE, None, {}),
+            RankDescription("h", "h/1", THIS_MACHINE, None, {}),
+        )
         assert agree({0: one, 1: two}).nodes == 2
         assert len(agree({0: one, 1: two}).domains) == 1
 
@@ -83,17 +89,17 @@ class TestAgree:
         links, others = FolderIdentity("boot0", 1, 7), FolderIdentity("boot0", 1, 8)
         job = agree(
             {
-                0: says(link_folder=links, x=A),
-                1: says(link_folder=links, y=B),
-                2: says(link_folder=others, x=B),
-                3: says(z=A),
+                0: described(link_folder=links, x=A),
+                1: described(link_folder=links, y=B),
+                2: described(link_folder=others, x=B),
+                3: described(z=A),
             }
         )
         assert job.links == {0: {"x": A, "y": B}, 2: {"x": B}}
 
     def test_a_folder_of_links_has_its_own_domains(self) -> None:
         shared = FolderIdentity("nfs", 1, 7)
-        job = agree({0: says("h0", HERE, shared, x=A), 1: says("h1", THERE, shared, x=A)})
+        job = agree({0: described("h0", THIS_MACHINE, shared, x=A), 1: described("h1", OTHER_MACHINE, shared, x=A)})
         assert job.leaders == (0, 1)
         assert list(job.links) == [0]
 
@@ -102,9 +108,9 @@ class TestAgree:
         with pytest.raises(PlanMismatch) as raised:
             agree(
                 {
-                    0: says(link_folder=links, y=B),
-                    1: says("h1", link_folder=links, x=A),
-                    5: says("h2", link_folder=links, x=B),
+                    0: described(link_folder=links, y=B),
+                    1: described("h1", link_folder=links, x=A),
+                    5: described("h2", link_folder=links, x=B),
                 }
             )
         text = str(raised.value)
@@ -114,12 +120,18 @@ class TestAgree:
         links = FolderIdentity("boot0", 1, 7)
         one, two = SourceRequest.of("https://u:pa55@h/m?sig=s1gn1"), SourceRequest.of("https://u:pa55@h/m?sig=s1gn2")
         with pytest.raises(PlanMismatch) as raised:
-            agree({0: says(link_folder=links, x=one), 1: says(link_folder=links, x=two)})
+            agree({0: described(link_folder=links, x=one), 1: described(link_folder=links, x=two)})
         assert "pa55" not in str(raised.value)
         assert "s1gn" not in str(raised.value)
 
     def test_different_sources_in_different_folders_are_fine(self) -> None:
-        job = agree({0: says(link_folder=HERE, x=A), 1: says(link_folder=THERE, x=B), 2: says(x=B)})
+        job = agree(
+            {
+                0: described(link_folder=THIS_MACHINE, x=A),
+                1: described(link_folder=OTHER_MACHINE, x=B),
+                2: described(x=B),
+            }
+        )
         assert job.links == {0: {"x": A}, 1: {"x": B}}
 
 
@@ -128,16 +140,16 @@ class TestIntroduction:
         return RankProbe(LocalCoordinator("h"), Settings(cache_dir=cache)).describe(lambda: wish)
 
     def test_folders_are_made(self, tmp_path: Path) -> None:
-        said = self.describe(RankRequest({"x": A}, link_folder=tmp_path / "a/b"), tmp_path / "cache/deep")
-        assert said == RankDescription(
+        descriptions = self.describe(RankRequest({"x": A}, link_folder=tmp_path / "a/b"), tmp_path / "cache/deep")
+        assert descriptions == RankDescription(
             "h", "h", FolderIdentity.of(tmp_path / "cache/deep"), FolderIdentity.of(tmp_path / "a/b"), {"x": A}
         )
 
     def test_a_cache_that_cannot_be_is_nobody_elses(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        said = self.describe(RankRequest({}), tmp_path / "file" / "cache")
-        assert said.cache.inode == 0
-        assert said.cache.device == -1
+        descriptions = self.describe(RankRequest({}), tmp_path / "file" / "cache")
+        assert descriptions.cache.inode == 0
+        assert descriptions.cache.device == -1
 
     def test_a_wish_that_fails(self, tmp_path: Path) -> None:
         def wish() -> RankRequest:
@@ -148,7 +160,7 @@ class TestIntroduction:
 
 
 def test_nobody_wants_anything() -> None:
-    assert agree({0: says()}) == JobRequest(
+    assert agree({0: described()}) == JobRequest(
         (), (StorageDomain(0, (0,), "h0", job_ranks=(0,)),), {}, 1, 1, tiers={0: ()}
     )
 
@@ -156,27 +168,27 @@ def test_nobody_wants_anything() -> None:
 LUSTRE = [FolderIdentity(f"boot{machine}", 5, machine, local=False) for machine in range(4)]
 
 
-class TestMeeting:
+class TestStorageProbe:
     """Folders that several machines may see: whether they do is tried."""
 
-    def comparing(self, *domains: str) -> tuple[RequestComparison, JobRequest]:
-        comparing = RequestComparison(range(4))
-        said = {
-            rank: replace(says(f"h{rank}", LUSTRE[rank], x=A), domain=name)
+    def comparison(self, *domains: str) -> tuple[RequestComparison, JobRequest]:
+        comparison = RequestComparison(range(4))
+        descriptions = {
+            rank: replace(described(f"h{rank}", LUSTRE[rank], x=A), domain=name)
             for rank, name in enumerate(domains or ("",) * 4)
         }
-        return comparing, comparing.compare(said)
+        return comparison, comparison.compare(descriptions)
 
     def test_nothing_is_tried_where_nothing_is_open(self) -> None:
-        assert agree({0: says(), 1: says("h1", THERE)}).probe_token == ""
-        assert agree({0: says(cache=LUSTRE[0]), 1: says(cache=LUSTRE[0])}).probe_token == ""
-        assert agree({0: says(cache=LUSTRE[0]), 1: says("h1", THERE)}).probe_token == ""
+        assert agree({0: described(), 1: described("h1", OTHER_MACHINE)}).probe_token == ""
+        assert agree({0: described(cache=LUSTRE[0]), 1: described(cache=LUSTRE[0])}).probe_token == ""
+        assert agree({0: described(cache=LUSTRE[0]), 1: described("h1", OTHER_MACHINE)}).probe_token == ""
 
     def test_two_share_and_two_do_not(self) -> None:
-        comparing, job = self.comparing()
+        comparison, job = self.comparison()
         assert job.probe_token
         assert job.probe_caches == (0, 1, 2, 3)
-        merge = comparing.merge(
+        merge = comparison.merge(
             {0: (ProbeResult(1), None), 1: (ProbeResult(1), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
         )
         assert [domain.ranks for domain in merge.domains] == [(0, 1), (2,), (3,)]
@@ -185,17 +197,19 @@ class TestMeeting:
         assert merge.may_show_late
 
     def test_one_folder_of_links_for_all_machines(self) -> None:
-        comparing = RequestComparison(range(4))
+        comparison = RequestComparison(range(4))
         into = [replace(place, inode=9) for place in LUSTRE]
-        job = comparing.compare({n: says(f"h{n}", FolderIdentity(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)})
+        job = comparison.compare(
+            {n: described(f"h{n}", FolderIdentity(f"boot{n}", 1, 1), into[n], x=A) for n in range(4)}
+        )
         assert (job.probe_caches, job.probe_link_folders) == ((), (0, 1, 2, 3))
-        merge = comparing.merge(dict.fromkeys(range(4), (None, ProbeResult(2))))
+        merge = comparison.merge(dict.fromkeys(range(4), (None, ProbeResult(2))))
         assert list(merge.links) == [0]
         assert merge.leaders == (0, 1, 2, 3)
 
     def test_a_domain_that_the_user_names_is_compared(self) -> None:
-        comparing, _ = self.comparing("a", "a", "b", "c")
-        assert comparing.merge(
+        comparison, _ = self.comparison("a", "a", "b", "c")
+        assert comparison.merge(
             {0: (ProbeResult(0), None), 1: (ProbeResult(0), None), 2: (ProbeResult(2), None), 3: (ProbeResult(3), None)}
         ).leaders == (
             0,
@@ -203,9 +217,9 @@ class TestMeeting:
             3,
         )
         with pytest.raises(PlanMismatch, match="these are different cache folders"):
-            comparing.merge({n: (ProbeResult(n), None) for n in range(4)})
+            comparison.merge({n: (ProbeResult(n), None) for n in range(4)})
         with pytest.raises(PlanMismatch, match="see one cache folder, but WEIGHTFERRY_DOMAIN says 'a' and 'b'"):
-            comparing.merge(
+            comparison.merge(
                 {
                     0: (ProbeResult(0), None),
                     1: (ProbeResult(0), None),
@@ -216,13 +230,13 @@ class TestMeeting:
 
     def test_what_the_user_names_against_what_is_proven(self) -> None:
         with pytest.raises(PlanMismatch, match="see one cache folder"):
-            agree({0: replace(says(), domain="a"), 1: replace(says(), domain="b")})
+            agree({0: replace(described(), domain="a"), 1: replace(described(), domain="b")})
         with pytest.raises(PlanMismatch, match="these are different cache folders"):
-            agree({0: replace(says(), domain="a"), 1: replace(says("h1", THERE), domain="a")})
+            agree({0: replace(described(), domain="a"), 1: replace(described("h1", OTHER_MACHINE), domain="a")})
 
     def test_locks_that_two_machines_hold_at_once(self) -> None:
-        comparing, _ = self.comparing()
-        merge = comparing.merge(
+        comparison, _ = self.comparison()
+        merge = comparison.merge(
             {
                 0: (ProbeResult(1), None),
                 1: (ProbeResult(1), None),

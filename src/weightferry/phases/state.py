@@ -18,7 +18,7 @@ from weightferry.origins.hub_cache import cached_blob, is_offline, user_hub_cach
 from weightferry.phases.requests import JobRequest
 from weightferry.report.progress import show_progress
 from weightferry.settings import Settings
-from weightferry.transfer.task import TransferResult
+from weightferry.transfer.run_transfer import TransferResult
 
 logger = logging.getLogger(__name__)
 

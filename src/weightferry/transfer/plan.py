@@ -72,3 +72,25 @@ class Plan:
         ends = {self.ring.index(right): right for right in (leader, self.right(leader)) if size > 1}
         used = {place: right for place, right in ends.items() if self.relayed_to(right)}
         return [(self.left(used[place]), used[place]) for place in sorted(used, key=lambda p: (colour(p), p))]
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """What one leader needs to know of a transfer.
+
+    Attributes
+    ----------
+    plan : Plan
+        The same for all leaders.
+    missing : tuple of int
+        The files that are not complete in this domain, by index.
+    hosts : mapping of int to str
+        By leader, its host name.
+    attempt : int
+        Number of the transfer in its operation, from 1.
+    """
+
+    plan: Plan
+    missing: tuple[int, ...]
+    hosts: Mapping[int, str]
+    attempt: int = 1

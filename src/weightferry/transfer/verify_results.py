@@ -8,7 +8,7 @@ from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import IntegrityError
 from weightferry.manifest import Manifest
 from weightferry.transfer.incoming_file import BLOCK, ChecksumMismatch
-from weightferry.transfer.task import TransferResult
+from weightferry.transfer.run_transfer import TransferResult
 
 
 def verify_results(

@@ -18,12 +18,12 @@ from contextlib import AbstractContextManager
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.settings import Settings
 from weightferry.transfer.piece_store import PieceStore
+from weightferry.transfer.plan import TransferTask
 from weightferry.transfer.relay.edge import POLL, BrokenEdge, Neighbour, connect
 from weightferry.transfer.relay.queue import RelayQueue
 from weightferry.transfer.relay.receiver import Receiver
 from weightferry.transfer.relay.sender import Sender
 from weightferry.transfer.session import TransferSession
-from weightferry.transfer.task import TransferTask
 
 
 def join_ring(

@@ -14,34 +14,12 @@ from weightferry.settings import Settings
 from weightferry.transfer.incoming_file import ChecksumMismatch
 from weightferry.transfer.origin_reader import OriginReader
 from weightferry.transfer.piece_store import PieceStore
-from weightferry.transfer.plan import Plan
+from weightferry.transfer.plan import TransferTask
 from weightferry.transfer.relay.queue import RelayQueue
 from weightferry.transfer.session import TransferSession
 
 # Files hashed at a time. SHA-256 runs at 1.8 GB/s a core (measured), so four keep up with 50 Gbit/s.
 _HASH_THREADS = 4
-
-
-@dataclass(frozen=True)
-class TransferTask:
-    """What one leader needs to know of a transfer.
-
-    Attributes
-    ----------
-    plan : Plan
-        The same for all leaders.
-    missing : tuple of int
-        The files that are not complete in this domain, by index.
-    hosts : mapping of int to str
-        By leader, its host name.
-    attempt : int
-        Number of the transfer in its operation, from 1.
-    """
-
-    plan: Plan
-    missing: tuple[int, ...]
-    hosts: Mapping[int, str]
-    attempt: int = 1
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, IntegrityError, OriginError
 from weightferry.manifest import Manifest
 from weightferry.origins.base import TransientOriginError
+from weightferry.phases.plan import plan
 from weightferry.settings import Settings
 from weightferry.testing.origin import FakeOrigin, Fault
 from weightferry.transfer.incoming_file import ChecksumMismatch
-from weightferry.phases.plan import plan
-from weightferry.transfer.task import TransferResult, TransferTask, run_transfer
+from weightferry.transfer.plan import TransferTask
+from weightferry.transfer.run_transfer import TransferResult, run_transfer
 from weightferry.transfer.verify_results import verify_results
 
 # The first is small, and travels in a bundle; the others are big, a piece each.
@@ -235,7 +236,7 @@ class TestOriginsOfOtherKinds:
         assert leader.published() == {"m.bin": content}
 
 
-class TestJudge:
+class TestVerifyResults:
     WHO = MappingProxyType({0: "rank 0 (h0)", 2: "rank 2 (h2)"})
 
     def verify_results(self, surveys, results, *, publishes=None, final=True) -> tuple[int, ...]:
