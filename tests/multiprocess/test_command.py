@@ -67,7 +67,7 @@ def test_under_torchrun(model: Nodes) -> None:
     assert (first.code, second.code) == (0, 0), first.err + second.err
     said = first.out + second.out
     assert said.count("staged 2 files, 1 MB, for 4 ranks on 2 nodes in ") == 1
-    assert said.count("1 MB from the origin, 1 MB from peers, 0 B already there") == 1
+    assert said.count("1 MB from the origin, 1 MB from peers, 0 B already on disk") == 1
     assert "Traceback" not in first.err + second.err
     check_report(json.loads(report.read_text()), model.hub.commit("org/model"))
     assert model.hub.content_bytes() == TOTAL

@@ -44,6 +44,6 @@ def test_the_demo(nodes: Nodes) -> None:
 
 
 def columns(run: str) -> list[tuple[str, ...]]:
-    """Leader, ranks, and bytes from the origin, from peers and already there, by domain."""
+    """Leader, ranks, and bytes from the origin, from peers and already on disk, by domain."""
     rows = re.findall(r"^\d \(.*?\)  +(.*)$", run, re.MULTILINE)
     return [tuple(re.split(r"  +", row)[:5]) for row in rows]

@@ -1,4 +1,4 @@
-"""Errors that cross processes whole, say who and where, and never say a secret."""
+"""Errors: they pickle completely, name rank, host and file, and never contain a secret."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def failure(rank: int = 0, message: str = "it broke", kind: str = "OriginError",
 
 
 @pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
-def test_every_class_pickles_whole(kind: type[CollectError]) -> None:
+def test_every_class_pickles(kind: type[CollectError]) -> None:
     error = kind("what happened", subject="hf://org/model", failures={3: failure(3, traceback="Traceback ...")})
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert (str(again), again.subject, again.failures) == (str(error), error.subject, error.failures)
 
 
-def test_how_long_an_origin_wants_us_to_wait_pickles_too() -> None:
+def test_retry_after_pickles() -> None:
     error = pickle.loads(pickle.dumps(TransientOriginError("429", subject="x", retry_after=7.0)))
     assert (str(error), error.subject, error.retry_after) == ("429", "x", 7.0)
 
 
-def test_every_class_travels_under_its_own_name() -> None:
+def test_every_class_is_raised_again_as_itself() -> None:
     ours = [kind for kind in classes() if kind.__module__ == "weightferry.errors"]
     assert len(ours) == 16
     for kind in ours:
@@ -70,13 +70,13 @@ def test_every_class_travels_under_its_own_name() -> None:
         (NoHook, RuntimeError),
     ],
 )
-def test_they_are_what_speechbrains_users_catch(kind: type[Exception], builtin: type[Exception]) -> None:
+def test_the_builtin_classes_that_users_of_speechbrain_catch(kind: type[Exception], builtin: type[Exception]) -> None:
     assert issubclass(kind, builtin)
 
 
 class TestFailure:
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-    def test_a_disk_or_a_quota_that_filled_up(self, number: int) -> None:
+    def test_a_full_disk_or_quota(self, number: int) -> None:
         got = Failure.of(OSError(number, "full"), rank=0, host="node1", phase="transfer")
         assert type(from_failures({0: got})) is NoSpace
 
@@ -86,7 +86,7 @@ class TestFailure:
                 raise OSError(5, "Input/output error")
         except OSError as error:
             got = Failure.of(error, rank=4, host="node1", phase="link", role="leader of ranks 4-7")
-        assert (got.phase, got.subject) == ("transfer", "elsewhere"), "the innermost context knows best"
+        assert (got.phase, got.subject) == ("transfer", "elsewhere"), "the innermost context wins"
         assert (got.kind, got.message) == ("OSError", "[Errno 5] Input/output error")
         assert "test_of_an_exception" in got.traceback
         assert str(got) == (
@@ -102,7 +102,7 @@ class TestFailure:
     def test_an_exception_without_text(self) -> None:
         assert Failure.of(KeyboardInterrupt(), rank=0, host="h", phase="p").message == "KeyboardInterrupt"
 
-    def test_secrets_stay_where_they_are(self) -> None:
+    def test_secrets_are_removed(self) -> None:
         try:
             raise AccessDenied(
                 "GET https://u:pw@h/x?X-Amz-Signature=abcdef Bearer abcdefgh12", subject="https://u:pw@h"
@@ -115,13 +115,13 @@ class TestFailure:
 
 
 class TestFromFailures:
-    def test_the_first_line_says_it_all(self) -> None:
+    def test_the_first_line(self) -> None:
         error = from_failures({4: failure(4, "HTTP 503", subject="hf://org/m/x.bin", role="leader of ranks 4-7")})
         assert str(error) == "failed in transfer on host4 (rank 4, leader of ranks 4-7): hf://org/m/x.bin: HTTP 503"
         assert type(error) is OriginError
         assert error.subject == "hf://org/m/x.bin"
 
-    def test_a_dead_rank_explains_what_its_peers_say_first(self) -> None:
+    def test_a_dead_rank_is_the_cause_of_the_errors_of_its_peers(self) -> None:
         failures = {
             0: failure(0, "Connection closed by peer", "RuntimeError"),
             5: failure(5, "no sign of life for 15 s", "LeaderLost"),
@@ -130,7 +130,7 @@ class TestFromFailures:
         assert type(error) is LeaderLost
         assert str(error).splitlines()[0].endswith("no sign of life for 15 s")
 
-    def test_the_first_to_fail_gives_the_class_and_all_are_named(self) -> None:
+    def test_the_first_failure_gives_the_class_and_all_are_named(self) -> None:
         failures = {
             2: failure(2, "wrong", "IntegrityError"),
             9: failure(9, "no space", "OSError", phase="publish"),
@@ -145,12 +145,12 @@ class TestFromFailures:
         ]
         assert error.failures == failures
 
-    def test_a_class_of_nobody_is_named_in_the_text(self) -> None:
+    def test_any_other_class_is_named_in_the_text(self) -> None:
         error = from_failures({0: failure(kind="ZeroDivisionError")})
         assert type(error) is CollectError
         assert "ZeroDivisionError: it broke" in str(error)
 
-    def test_transient_errors_do_not_leave_the_rank_as_such(self) -> None:
+    def test_transient_errors_become_collect_errors(self) -> None:
         assert type(from_failures({0: failure(kind=TransientOriginError.__name__)})) is CollectError
 
 
@@ -180,7 +180,7 @@ def test_redact(text: str, secret: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
-def test_redact_what_the_environment_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redact_values_of_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "w/hat+ever")
     assert redact("it said w/hat+ever!") == "it said <hidden>!"
     monkeypatch.setenv(name, "")
@@ -198,7 +198,7 @@ def test_redact_what_the_environment_holds(name: str, monkeypatch: pytest.Monkey
         "the bearer of news",
     ],
 )
-def test_redact_leaves_the_rest(text: str) -> None:
+def test_redact_keeps_other_text(text: str) -> None:
     assert redact(text) == text
 
 
@@ -211,15 +211,15 @@ def test_the_first_line_hides_the_environments_token(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("ranks", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([7, 0, 1, 5, 4], "0-1, 4-5, 7"), ([], "")]
 )
-def test_ranges(ranks: list[int], text: str) -> None:
+def test_format_ranks(ranks: list[int], text: str) -> None:
     assert format_ranks(ranks) == text
 
 
-def test_a_failure_survives_the_store() -> None:
+def test_a_failure_pickles() -> None:
     assert pickle.loads(pickle.dumps(failure(1))) == failure(1)
 
 
-def test_a_cause_is_shown_unless_its_traceback_holds_a_secret() -> None:
+def test_safe_cause() -> None:
     harmless = ValueError("no such thing")
     assert safe_cause(harmless) is harmless
     assert safe_cause(ValueError("GET https://user:hunter2@host/x")) is None

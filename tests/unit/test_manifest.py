@@ -1,4 +1,4 @@
-"""The manifest and checksums: what an origin may not make us write, and names that never change."""
+"""The manifest and checksums: invalid values of an origin are refused, and cache names never change."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SHA = hashlib.sha256(b"x").hexdigest()
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "a\\b", "a\0b", "", ".", "a//b", "./a", "a/"])
-def test_an_origin_cannot_make_a_file_climb(path: str) -> None:
+def test_invalid_paths(path: str) -> None:
     with pytest.raises(ValueError, match=r"relative path|normal form"):
         File(path, 1)
 
 
 @pytest.mark.parametrize("commit", ["../../x", "..", "a/b", ".", "a b", "a\n"])
-def test_nor_a_commit(commit: str) -> None:
+def test_invalid_commits(commit: str) -> None:
     with pytest.raises(ValueError, match="commit"):
         PinnedSource(SOURCE, commit, ())
 
@@ -34,7 +34,7 @@ def test_nor_a_commit(commit: str) -> None:
     ("algorithm", "text"),
     [("sha256", "../x"), ("sha256", SHA[:40]), ("git-sha1", SHA), ("sha256", SHA.upper()), ("sha256", SHA + "\n")],
 )
-def test_nor_a_checksum(algorithm, text: str) -> None:
+def test_invalid_checksums(algorithm, text: str) -> None:
     with pytest.raises(ValueError, match=algorithm):
         Checksum(algorithm, text)
 
@@ -43,7 +43,7 @@ class TestKey:
     def test_it_is_the_checksum(self) -> None:
         assert File("a", 1, Checksum("sha256", SHA), version="7").key == SHA
 
-    def test_else_path_size_and_version_decide(self) -> None:
+    def test_without_a_checksum_it_depends_on_path_size_and_version(self) -> None:
         file = File("a", 1, version="7")
         others = [replace(file, path="b"), replace(file, size=2), replace(file, size=None), replace(file, version="8")]
         assert len({other.key for other in [file, *others]}) == 5
@@ -51,23 +51,23 @@ class TestKey:
         assert File("../a".strip("./"), 1, version="7").key == file.key
 
     def test_it_never_changes(self) -> None:
-        # Names in caches that exist: another rule would bring everything again.
+        # Existing caches have these names: another rule would download every file again.
         assert File("a", 1, version="7").key == hashlib.sha256(b"a\x001\x007").hexdigest()
 
 
-def test_listings_have_commits() -> None:
+def test_listing_commit() -> None:
     one, two = File("a", 1, version="1"), File("b", 2, version="1")
     assert listing_commit([one, two]) == listing_commit([two, one])
     assert len({listing_commit(files) for files in ([one], [two], [one, two], [one, replace(two, version="2")])}) == 4
     assert PinnedSource(SOURCE, listing_commit([one]), (one,)).commit.isalnum()
 
 
-def test_pinned() -> None:
-    here = PinnedSource(hub_source("main"), "c0" * 20, (File("a", 1), File("b/c", 2)))
-    assert here.name == f"hf://org/model@{'c0' * 20}"
-    assert here.file("b/c").size == 2
+def test_pinned_source() -> None:
+    pinned = PinnedSource(hub_source("main"), "c0" * 20, (File("a", 1), File("b/c", 2)))
+    assert pinned.name == f"hf://org/model@{'c0' * 20}"
+    assert pinned.file("b/c").size == 2
     with pytest.raises(KeyError):
-        here.file("b")
+        pinned.file("b")
     signed = PinnedSource(Source("https", "https://user:pw@h/d", "x", query="X-Amz-Signature=s1gn"), "", ())
     assert signed.name == "https://h/d"
 
@@ -82,7 +82,7 @@ def test_manifest() -> None:
 
 
 class TestHashes:
-    def test_git_agrees(self, tmp_path) -> None:
+    def test_git_computes_the_same_id(self, tmp_path) -> None:
         (tmp_path / "f").write_bytes(b"some content\n")
         try:
             answer = subprocess.run(["git", "hash-object", tmp_path / "f"], capture_output=True, text=True, check=True)
@@ -91,7 +91,7 @@ class TestHashes:
         checksum = Checksum("git-sha1", answer.stdout.strip())
         assert Hashes(checksum, 13).update_from(tmp_path / "f").matches
 
-    def test_in_parts(self) -> None:
+    def test_in_several_updates(self) -> None:
         hashes = Hashes(Checksum("sha256", hashlib.sha256(b"abc").hexdigest()), 3)
         for part in (b"a", b"", b"bc"):
             assert not hashes.matches
@@ -101,7 +101,7 @@ class TestHashes:
         hashes.update(b"d")
         assert not hashes.matches
 
-    def test_without_a_promise_everything_is_right(self) -> None:
+    def test_without_a_checksum_everything_matches(self) -> None:
         assert Hashes().matches
 
 

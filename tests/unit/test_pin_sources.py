@@ -1,4 +1,4 @@
-"""From asks to a manifest: one call per root, patterns, and what is found where."""
+"""Resolving requests into a manifest: one call for each root, patterns, and the files of each request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightferry.testing.origin import FakeOrigin, Fault
 FILES = {"config.json": b"{}", "m.bin": b"123", "onnx/a.onnx": b"1", "onnx/b.txt": b"22", "onnx2/c.onnx": b"4"}
 
 
-class Resolving:
+class Resolver:
     def __init__(self, settings: Settings, monitor: FakeMonitor) -> None:
         self.origin, self.settings, self.monitor = FakeOrigin(FILES), settings, monitor
 
@@ -27,18 +27,18 @@ class Resolving:
 
 
 @pytest.fixture
-def resolving(settings: Settings, monitor: FakeMonitor) -> Resolving:
-    return Resolving(settings, monitor)
+def resolver(settings: Settings, monitor: FakeMonitor) -> Resolver:
+    return Resolver(settings, monitor)
 
 
-def test_one_call_for_all_files_of_a_root(resolving: Resolving) -> None:
+def test_one_call_for_all_files_of_a_root(resolver: Resolver) -> None:
     requests = [
         SourceRequest.of("hf://org/m", "m.bin"),
         SourceRequest.of("org/m", "config.json"),
         SourceRequest.of("hf://org/m/onnx"),
     ]
-    got = resolving(*requests)
-    assert resolving.origin.resolves == [("org/m", ("m.bin", "config.json", "onnx"))]
+    got = resolver(*requests)
+    assert resolver.origin.resolves == [("org/m", ("m.bin", "config.json", "onnx"))]
     (pinned,) = got.manifest.sources
     assert {file.path for file in pinned.files} == {"m.bin", "config.json", "onnx/a.onnx", "onnx/b.txt"}
     assert [got.found[request].path for request in requests] == ["m.bin", "config.json", "onnx"]
@@ -49,24 +49,24 @@ def test_one_call_for_all_files_of_a_root(resolving: Resolving) -> None:
     ]
 
 
-def test_revisions_and_roots_are_apart(resolving: Resolving) -> None:
-    got = resolving(
+def test_one_source_for_each_revision_and_root(resolver: Resolver) -> None:
+    got = resolver(
         SourceRequest.of("hf://org/m@a"),
         SourceRequest.of("hf://org/m@b"),
         SourceRequest.of("s3://bucket/m"),
         SourceRequest.of("org/n"),
     )
-    assert [root for root, _ in resolving.origin.resolves] == ["org/m", "org/m", "s3://bucket/m", "org/n"]
+    assert [root for root, _ in resolver.origin.resolves] == ["org/m", "org/m", "s3://bucket/m", "org/n"]
     assert [what.source for what in got.found.values()] == [0, 1, 2, 3]
 
 
-def test_one_path_asked_for_twice_is_asked_once(resolving: Resolving) -> None:
-    resolving(
+def test_a_path_requested_twice_is_resolved_once(resolver: Resolver) -> None:
+    resolver(
         SourceRequest.of("org/m", "m.bin"),
         SourceRequest.of("org/m/m.bin"),
         SourceRequest.of("org/m", "m.bin", allow="*"),
     )
-    assert resolving.origin.resolves == [("org/m", ("m.bin",))]
+    assert resolver.origin.resolves == [("org/m", ("m.bin",))]
 
 
 class TestPatterns:
@@ -80,71 +80,73 @@ class TestPatterns:
             ("onnx/", "*.txt", {"onnx/a.onnx"}),
         ],
     )
-    def test_as_in_snapshot_download(self, resolving: Resolving, allow, ignore, kept: set[str]) -> None:
+    def test_as_in_snapshot_download(self, resolver: Resolver, allow, ignore, kept: set[str]) -> None:
         request = SourceRequest.of("org/m", allow=allow, ignore=ignore)
-        got = resolving(request)
+        got = resolver(request)
         assert set(got.found[request].files) == kept
         assert {file.path for file in manifest_entries(got.found[request], got.manifest)} == kept
-        assert {file.path for file in got.manifest.sources[0].files} == kept, "nothing else is staged"
+        assert {file.path for file in got.manifest.sources[0].files} == kept, "no other file is staged"
 
-    def test_no_match_is_an_error(self, resolving: Resolving) -> None:
+    def test_no_match_is_an_error(self, resolver: Resolver) -> None:
         with pytest.raises(BadRequest, match="none of its 5 files matches"):
-            resolving(SourceRequest.of("org/m", allow="*.gguf"))
+            resolver(SourceRequest.of("org/m", allow="*.gguf"))
 
-    def test_a_folder_is_no_prefix(self, resolving: Resolving) -> None:
+    def test_a_folder_is_not_a_name_prefix(self, resolver: Resolver) -> None:
         request = SourceRequest.of("org/m", "onnx")
-        assert resolving(request).found[request].files == ("onnx/a.onnx", "onnx/b.txt")
+        assert resolver(request).found[request].files == ("onnx/a.onnx", "onnx/b.txt")
 
 
-def test_transient_errors_are_tried_again(resolving: Resolving) -> None:
-    resolving.origin.faults.append(Fault(on="resolve", times=2, error=TransientOriginError("503")))
-    resolving(SourceRequest.of("org/m"))
-    assert len(resolving.origin.resolves) == 3
-    resolving.origin.faults.append(Fault(on="resolve", times=None, error=TransientOriginError("503")))
+def test_transient_errors_are_retried(resolver: Resolver) -> None:
+    resolver.origin.faults.append(Fault(on="resolve", times=2, error=TransientOriginError("503")))
+    resolver(SourceRequest.of("org/m"))
+    assert len(resolver.origin.resolves) == 3
+    resolver.origin.faults.append(Fault(on="resolve", times=None, error=TransientOriginError("503")))
     with pytest.raises(OriginError, match="attempts in a row"):
-        resolving(SourceRequest.of("org/m"))
+        resolver(SourceRequest.of("org/m"))
 
 
-def test_what_is_missing(resolving: Resolving) -> None:
+def test_a_missing_file(resolver: Resolver) -> None:
     with pytest.raises(SourceNotFound, match=r"'m\.bim' in the source; did you mean m\.bin"):
-        resolving(SourceRequest.of("org/m", "m.bim"))
+        resolver(SourceRequest.of("org/m", "m.bim"))
 
 
-def test_an_error_that_names_nothing_gets_the_source(resolving: Resolving) -> None:
-    resolving.origin.faults.append(Fault(on="resolve", error=OSError(5, "Input/output error")))
+def test_an_error_without_a_subject_gets_the_source(resolver: Resolver) -> None:
+    resolver.origin.faults.append(Fault(on="resolve", error=OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output") as raised:
-        resolving(SourceRequest.of("hf://org/m", "m.bin"))
+        resolver(SourceRequest.of("hf://org/m", "m.bin"))
     assert getattr(raised.value, "_weightferry_subject", "") == "hf://org/m/m.bin"
 
 
-def test_bad_text_makes_no_call(resolving: Resolving) -> None:
+def test_an_invalid_source_makes_no_call(resolver: Resolver) -> None:
     with pytest.raises(BadRequest):
-        resolving(SourceRequest.of("org/m", "m.bin"), SourceRequest.of("org/m", "../x"))
-    assert resolving.origin.resolves == []
+        resolver(SourceRequest.of("org/m", "m.bin"), SourceRequest.of("org/m", "../x"))
+    assert resolver.origin.resolves == []
 
 
-class TestWhatIsSaid:
-    def test_guesses(self, resolving: Resolving, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestLog:
+    def test_guesses_are_logged(
+        self, resolver: Resolver, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         caplog.set_level(logging.INFO)
-        resolving(SourceRequest.of("org/m"))
+        resolver(SourceRequest.of("org/m"))
         assert "org/m: no local folder of this name; using the Hugging Face Hub repository" in caplog.text
         caplog.clear()
         Path("org/m").mkdir(parents=True)
-        resolving(SourceRequest.of("org/m"))
+        resolver(SourceRequest.of("org/m"))
         assert "org/m: using the local folder" in caplog.text
         caplog.clear()
-        resolving(SourceRequest.of("hf://org/m"))
+        resolver(SourceRequest.of("hf://org/m"))
         assert caplog.text == ""
 
 
 @pytest.mark.parametrize("scheme", ["nosuchscheme", "python"])
-def test_a_scheme_that_nobody_serves(settings: Settings, monitor: FakeMonitor, scheme: str) -> None:
+def test_an_unknown_scheme(settings: Settings, monitor: FakeMonitor, scheme: str) -> None:
     with pytest.raises(BadRequest, match=scheme):
         pin_sources([SourceRequest.of(f"{scheme}://x/y")], settings, monitor)
 
 
-def test_a_scheme_whose_package_is_missing_says_what_to_install(
+def test_a_missing_package_is_named_with_its_pip_command(
     settings: Settings, monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("weightferry.origins.fsspec.url_to_fs", _not_installed)

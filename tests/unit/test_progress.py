@@ -1,4 +1,4 @@
-"""The line that says how far the job is."""
+"""The progress line of the job."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ def test_one_node() -> None:
 def test_several_nodes() -> None:
     before = JobProgress(0.0, {0: Progress("transfer", 0, 0, 400 * MB), 4: Progress("transfer", 0, 0, 400 * MB)})
     now = JobProgress(2.0, {0: Progress("transfer", 50 * MB, 50 * MB, 400 * MB), 4: ONE})
-    said = progress_line(
+    text = progress_line(
         before, JobProgress(2.0, {**now.ranks, 8: Progress("transfer", 0, 40 * MB, 400 * MB)}), {8: "w8"}
     )
-    assert said == ("240 MB of 1.2 GB, 75 MB/s from the origin, 45 MB/s between nodes, slowest w8 at 10 %, 8 s left")
+    assert text == ("240 MB of 1.2 GB, 75 MB/s from the origin, 45 MB/s between nodes, slowest w8 at 10 %, 8 s left")
 
 
-def test_nothing_yet_and_all_there() -> None:
+def test_the_start_and_the_end() -> None:
     assert progress_line(JobProgress(0, {}), JobProgress(1, {}), {}) == "0 B of 0 B, 0 B/s from the origin"
     done = JobProgress(1, {0: replace(ONE, origin_bytes=400 * MB)})
     assert "left" not in progress_line(JobProgress(0, {}), done, {})
 
 
-def test_why_nothing_comes() -> None:
+def test_the_reason_of_a_wait() -> None:
     now = JobProgress(1, {0: Progress("survey", wait_reason="waits for another job")})
     assert progress_line(JobProgress(0, {}), now, {}).endswith(", waits for another job")
 
 
-def test_bytes_that_came_twice_are_no_more_than_all() -> None:
+def test_bytes_received_twice_do_not_exceed_the_total() -> None:
     assert JobProgress(0, {0: replace(ONE, origin_bytes=500 * MB)}).done == 400 * MB
 
 
-def test_a_log_gets_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_LOG_INTERVAL", 0.01)
-    asked = threading.Semaphore(0)
+    calls = threading.Semaphore(0)
 
     def read_progress() -> dict[int, Progress]:
-        asked.release()
+        calls.release()
         return {0: ONE}
 
     with caplog.at_level(logging.INFO), show_progress(read_progress, {0: "h0"}):
         for _ in range(3):
-            assert asked.acquire(timeout=30)
+            assert calls.acquire(timeout=30)
     assert "100 MB of 400 MB" in caplog.text
 
 
-def test_nobody_who_listens_costs_no_thread() -> None:
-    def never() -> dict[int, Progress]:
+def test_no_thread_without_a_listener() -> None:
+    def not_called() -> dict[int, Progress]:
         raise AssertionError
 
-    with show_progress(never, {}):
+    with show_progress(not_called, {}):
         assert "weightferry-progress" not in {thread.name for thread in threading.enumerate()}

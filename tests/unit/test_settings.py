@@ -1,4 +1,4 @@
-"""Limits from defaults, the environment and the caller, in that order."""
+"""Settings: the caller wins over the environment, and the environment over the defaults."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from weightferry.settings import Settings
 
 def test_every_field_has_a_variable() -> None:
     names = [spec.name for spec in fields(Settings) if spec.name not in ("cache_dir", "cache_tiers")]
-    # 7 would be a beat_interval of more than half the beat_timeout: 40 + place keeps them apart.
-    variables = {f"WEIGHTFERRY_{name.upper()}": 40 + place for place, name in enumerate(names)}
+    # 40 + position gives each setting another value, and a beat_timeout of at least twice the beat_interval.
+    variables = {f"WEIGHTFERRY_{name.upper()}": 40 + position for position, name in enumerate(names)}
     variables |= {"WEIGHTFERRY_BEAT_INTERVAL": 2, "WEIGHTFERRY_CACHE_DIR": "/cache"}  # type: ignore[dict-item]
     variables |= {"WEIGHTFERRY_CACHE_TIERS": "/sw/weights,~/mine"}  # type: ignore[dict-item]
     read = Settings.from_environ(environ(**variables))
@@ -28,7 +28,7 @@ def test_every_field_has_a_variable() -> None:
     assert read.cache_tiers == (Path("/sw/weights"), Path.home() / "mine")
 
 
-def test_the_caller_wins_and_none_says_nothing() -> None:
+def test_the_caller_wins_and_none_is_ignored() -> None:
     variables = environ(WEIGHTFERRY_RETRIES=9, WEIGHTFERRY_CACHE_DIR="/cache")
     assert Settings.from_environ(variables, retries=2, cache_dir="/mine").retries == 2
     assert Settings.from_environ(variables, retries=2, cache_dir="/mine").cache_dir == Path("/mine")
@@ -69,6 +69,6 @@ def test_bad_values_name_the_setting(name: str, text: str) -> None:
     assert text.rstrip("s") in str(raised.value)
 
 
-def test_it_cannot_be_changed() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         Settings().retries = 3  # type: ignore[misc]

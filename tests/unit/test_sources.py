@@ -1,4 +1,4 @@
-"""Every way to say a source, and what may not be said."""
+"""Parsing of sources: every valid form, and invalid texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightferry.sources import FetchFrom, FetchSource, Source, SourceLike, Sour
 HERE = Path.cwd()
 
 
-def meaning(
+def parse(
     source: SourceLike, filename: str = "", *, folders: tuple[str, ...] = (), revision: str | None = None
 ) -> Source:
     return parse_source(SourceRequest.of(source, filename, revision=revision), lambda text: text in folders)
@@ -40,8 +40,8 @@ def meaning(
     ],
 )
 def test_hub(text: str, root: str, path: str, revision: str | None, repo_type: str) -> None:
-    assert meaning(text) == Source("hf", root, path, revision, repo_type)
-    assert meaning(text).guessed == ("://" not in text)
+    assert parse(text) == Source("hf", root, path, revision, repo_type)
+    assert parse(text).guessed == ("://" not in text)
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,13 @@ def test_hub(text: str, root: str, path: str, revision: str | None, repo_type: s
     ],
 )
 def test_http(text: str, root: str, path: str, query: str) -> None:
-    assert meaning(text) == Source(text.partition(":")[0].lower(), root, path, query=query)
+    assert parse(text) == Source(text.partition(":")[0].lower(), root, path, query=query)
 
 
 def test_http_file_below_a_folder() -> None:
-    assert meaning("https://host/dir/", "m.ckpt") == Source("https", "https://host/dir", "m.ckpt")
-    assert meaning("https://host/dir?sig=abc", "m.ckpt") == Source(
-        "https", "https://host/dir", "m.ckpt", query="sig=abc"
-    )
-    assert meaning("https://host/dir", "m.ckpt?sig=abc") == Source(
-        "https", "https://host/dir", "m.ckpt", query="sig=abc"
-    )
+    assert parse("https://host/dir/", "m.ckpt") == Source("https", "https://host/dir", "m.ckpt")
+    assert parse("https://host/dir?sig=abc", "m.ckpt") == Source("https", "https://host/dir", "m.ckpt", query="sig=abc")
+    assert parse("https://host/dir", "m.ckpt?sig=abc") == Source("https", "https://host/dir", "m.ckpt", query="sig=abc")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +76,8 @@ def test_http_file_below_a_folder() -> None:
     ],
 )
 def test_fsspec(text: str, scheme: str, root: str) -> None:
-    assert meaning(text) == Source(scheme, root)
-    assert meaning(text, "m.ckpt") == Source(scheme, root, "m.ckpt")
+    assert parse(text) == Source(scheme, root)
+    assert parse(text, "m.ckpt") == Source(scheme, root, "m.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -99,19 +95,19 @@ def test_fsspec(text: str, scheme: str, root: str) -> None:
     ],
 )
 def test_local(text: SourceLike, root: str) -> None:
-    assert meaning(text) == Source("file", root)
-    assert meaning(text, "m.ckpt") == Source("file", root, "m.ckpt")
+    assert parse(text) == Source("file", root)
+    assert parse(text, "m.ckpt") == Source("file", root, "m.ckpt")
 
 
-def test_the_name_of_a_file_in_a_file_url_is_quoted_too() -> None:
-    assert meaning("file:///a", "b%20c.ckpt") == Source("file", "/a", "b c.ckpt")
+def test_the_file_name_of_a_file_url_is_percent_encoded() -> None:
+    assert parse("file:///a", "b%20c.ckpt") == Source("file", "/a", "b c.ckpt")
 
 
 @pytest.mark.parametrize("text", ["org/name", "gpt2", "org/name/onnx"])
 def test_an_existing_local_folder_wins(text: str) -> None:
-    assert meaning(text, folders=(text,)) == Source("file", str(HERE / text))
-    assert meaning(f"hf://{text}", folders=(text, f"hf://{text}")).scheme == "hf"
-    assert meaning(FetchSource(FetchFrom.HUGGING_FACE, text), folders=(text,)).scheme == "hf"
+    assert parse(text, folders=(text,)) == Source("file", str(HERE / text))
+    assert parse(f"hf://{text}", folders=(text, f"hf://{text}")).scheme == "hf"
+    assert parse(FetchSource(FetchFrom.HUGGING_FACE, text), folders=(text,)).scheme == "hf"
 
 
 class TestFetchSource:
@@ -128,7 +124,7 @@ class TestFetchSource:
         ],
     )
     def test_the_kind_decides(self, kind: FetchFrom, text: str, scheme: str) -> None:
-        found = meaning(FetchSource(kind, text))
+        found = parse(FetchSource(kind, text))
         assert found.scheme == scheme
         assert not found.guessed
         if scheme == "file":
@@ -146,43 +142,43 @@ class TestFetchSource:
     )
     def test_contradictions(self, kind: FetchFrom, text: str) -> None:
         with pytest.raises(BadRequest):
-            meaning(FetchSource(kind, text))
+            parse(FetchSource(kind, text))
 
 
-class TestClimbing:
+class TestPathsOutsideTheSource:
     NAMES = ("../../x", "..", "a/../../x", "/etc/passwd", "..\\x", "a\\..\\x", "a/..", "/")
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("root", ["org/name", "hf://org/name@main", "s3://bucket/a", "/data", "file:///data"])
     def test_a_file_stays_below_its_source(self, root: str, name: str) -> None:
         with pytest.raises(BadRequest):
-            meaning(root, name)
+            parse(root, name)
 
     @pytest.mark.parametrize(
         "name", ["../../x", "%2e%2e/x", "..%2F..%2Fx", "%2E%2E%2fx", "a%5c..%5cx", "..\\x", "x%00y"]
     )
     def test_http(self, name: str) -> None:
         with pytest.raises(BadRequest):
-            meaning("https://host/dir", name)
+            parse("https://host/dir", name)
         with pytest.raises(BadRequest):
-            meaning(f"https://host/dir/{name}")
+            parse(f"https://host/dir/{name}")
 
     @pytest.mark.parametrize("name", ["%2e%2e/x", "..%2Fx"])
-    def test_file_urls_are_decoded_before_the_look(self, name: str) -> None:
+    def test_file_urls_are_decoded_before_the_check(self, name: str) -> None:
         with pytest.raises(BadRequest):
-            meaning("file:///data", name)
+            parse("file:///data", name)
 
     @pytest.mark.parametrize("source", ["hf://org/name/../../x", "org/name/../x", "hf://../x", "hf://org/..", "a--b/c"])
     def test_hub(self, source: str) -> None:
         with pytest.raises(BadRequest):
-            meaning(source)
+            parse(source)
 
     @pytest.mark.parametrize("source", ["", "a\0b", Path("a\0b")])
-    def test_no_source_at_all(self, source: SourceLike) -> None:
+    def test_empty_or_with_a_nul_byte(self, source: SourceLike) -> None:
         with pytest.raises(BadRequest):
-            meaning(source)
+            parse(source)
         with pytest.raises(BadRequest):
-            meaning("org/name", "a\0b")
+            parse("org/name", "a\0b")
 
     @pytest.mark.parametrize("path", ["a", "a/b", "...", "..a/b..", "a b", "~", "%2e%2e/x", "日本"])
     def test_safe_paths(self, path: str) -> None:
@@ -195,7 +191,7 @@ class TestClimbing:
                 safe_path(path)
 
 
-class TestNonsense:
+class TestInvalid:
     @pytest.mark.parametrize(
         "source",
         [
@@ -212,46 +208,46 @@ class TestNonsense:
     )
     def test_text(self, source: str) -> None:
         with pytest.raises(BadRequest) as raised:
-            meaning(source)
+            parse(source)
         assert raised.value.subject
 
     @pytest.mark.parametrize("source", ["/data/m", "https://host/m", "hf://org/name@v2"])
-    def test_a_revision_where_there_is_none(self, source: str) -> None:
+    def test_a_revision_of_a_source_without_revisions(self, source: str) -> None:
         with pytest.raises(BadRequest, match="revision"):
-            meaning(source, revision="v1")
-        assert meaning("hf://org/name@v1", revision="v1").revision == "v1"
+            parse(source, revision="v1")
+        assert parse("hf://org/name@v1", revision="v1").revision == "v1"
 
 
-class TestNoSecrets:
+class TestSecrets:
     SIGNED = "https://user:pa55@host/m.ckpt?X-Amz-Signature=s1gn&X-Amz-Credential=cr3d&Expires=9&token=t0k&id=7"
 
     def test_identity(self) -> None:
-        assert meaning(self.SIGNED).identity == "https://host?id=7"
-        assert meaning("s3://key:secr3t@bucket/m").identity == "s3://bucket/m"
-        assert meaning("s3://key:se@cr3t@bucket/m").identity == "s3://bucket/m"
-        assert meaning("hf://datasets/org/name@v1/x").identity == "hf://datasets/org/name"
-        assert meaning("hf://org/name@v1").identity == meaning("org/name").identity == "hf://org/name"
+        assert parse(self.SIGNED).identity == "https://host?id=7"
+        assert parse("s3://key:secr3t@bucket/m").identity == "s3://bucket/m"
+        assert parse("s3://key:se@cr3t@bucket/m").identity == "s3://bucket/m"
+        assert parse("hf://datasets/org/name@v1/x").identity == "hf://datasets/org/name"
+        assert parse("hf://org/name@v1").identity == parse("org/name").identity == "hf://org/name"
 
-    def test_texts(self) -> None:
+    def test_no_text_contains_a_secret(self) -> None:
         for text in (
             str(SourceRequest.of(self.SIGNED)),
-            str(meaning(self.SIGNED)),
+            str(parse(self.SIGNED)),
             str(SourceRequest.of("https://h", "m?sig=s1gn&token=t0k")),
         ):
             assert not any(secret in text for secret in ("pa55", "s1gn", "cr3d", "t0k")), text
 
     def test_the_query_is_not_in_the_repr(self) -> None:
-        assert "s1gn" not in repr(meaning(self.SIGNED))
+        assert "s1gn" not in repr(parse(self.SIGNED))
 
     def test_equal_identities_are_one_cache_folder(self) -> None:
-        # The identity is hashed into the folder's name: it must never move.
-        digest = hashlib.sha256(meaning("https://host/a/m.ckpt").identity.encode()).hexdigest()
+        # The folder name in the cache is a hash of the identity, so the identity must never change.
+        digest = hashlib.sha256(parse("https://host/a/m.ckpt").identity.encode()).hexdigest()
         assert digest == hashlib.sha256(b"https://host/a").hexdigest()
 
 
 def test_the_revision_is_shown() -> None:
-    assert str(meaning("hf://gpt2@main/config.json")) == "hf://gpt2@main/config.json"
-    assert str(meaning("org/name", revision="v1")) == "hf://org/name@v1"
+    assert str(parse("hf://gpt2@main/config.json")) == "hf://gpt2@main/config.json"
+    assert str(parse("org/name", revision="v1")) == "hf://org/name@v1"
     assert str(SourceRequest.of("org/name", "m.ckpt", revision="v1")) == "org/name@v1/m.ckpt"
 
 

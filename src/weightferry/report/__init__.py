@@ -1,1 +1,1 @@
-"""What happened, in numbers: the run report."""
+"""The run report and the progress display: how many bytes moved, from where, and how long it took."""

@@ -1,4 +1,4 @@
-"""How far one rank is, as a value that travels with its signs of life."""
+"""The progress of one rank, as a value that its heartbeats carry."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rank is that brings bytes for others; travels with its signs of life.
+    """Progress of a leader. Its heartbeats carry it to rank 0.
 
     Attributes
     ----------
     phase : str
-        The round that it works in.
+        The current phase of the rank.
     origin_bytes, peer_bytes : int
-        What has come in this operation.
+        Bytes received in this operation from the origin and from other leaders.
     expected : int
-        What is to come, as far as it is known.
-    paused : str
-        Why bytes stand still, when there is a reason that is no trouble; else empty.
+        Bytes to receive, as far as this is known.
+    wait_reason : str
+        Why the rank waits without receiving bytes, if this is not an error; else empty.
     """
 
     phase: str = ""
@@ -29,5 +29,5 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Bytes that have come."""
+        """Bytes received, from the origin and from other leaders."""
         return self.origin_bytes + self.peer_bytes

@@ -1,4 +1,4 @@
-"""The run report: what an operation moved, from where, and how long each phase took."""
+"""The run report: how many bytes an operation moved, from where, and how long each phase took."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-"""Of the JSON; a new number when a field goes or changes its meaning."""
+"""Version of the JSON format. It increases when a field is removed or changes its meaning."""
 
 
 @dataclass(frozen=True)
 class DomainReport:
-    """One storage domain.
+    """The part of the run report about one storage domain.
 
     Attributes
     ----------
     host, leader_rank, ranks
-        Who.
-    origin_bytes, copied_bytes, peer_bytes_in, peer_bytes_out
-        Bytes that the leader read from the origin (those of broken attempts too), from the user's Hugging Face cache,
-        and from and to other leaders.
+        Host and rank of the leader, and all ranks of the domain.
+    origin_bytes
+        Bytes that the leader read from the origin, including those of failed attempts.
+    copied_bytes
+        Bytes that the leader copied from the user's Hugging Face cache.
+    peer_bytes_in, peer_bytes_out
+        Bytes that the leader received from other leaders, and sent to them.
     cached_bytes
-        Bytes that were there already.
+        Bytes that were in the cache before.
     locks
-        By what the leaders of other jobs were kept out of its cache: ``flock``, or files, and why.
+        The kind of locks that exclude the leaders of other jobs from the cache: ``flock``, or lock files and the reason
+        for them.
     seconds
-        Of the leader, by phase, waiting for the others included.
+        Seconds of the leader in each phase, including its wait for other ranks.
     """
 
     host: str
@@ -45,22 +49,23 @@ class DomainReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """One operation.
+    """The run report of one operation.
 
     Attributes
     ----------
     operation
         ``collect`` or ``stage``.
     ranks, nodes
-        How many.
+        Number of ranks and of nodes.
     total
-        ``bytes`` and ``files`` of the manifest once; ``origin_bytes``, ``copied_bytes``, ``peer_bytes`` and
-        ``cached_bytes`` of all domains together; ``seconds`` of rank 0 from call to return.
+        ``bytes`` and ``files`` of the manifest, each file counted once. ``origin_bytes``, ``copied_bytes``,
+        ``peer_bytes`` and ``cached_bytes`` are sums over all domains. ``seconds`` is the time of the call on rank 0.
     domains
-        One each.
+        One report for each storage domain.
     manifest
-        ``source``, ``commit`` and ``files`` (path, size, sha256, and their own source and commit). Source and commit
-        are null at the top when there are several. A sha256 is null when nobody computed it.
+        ``source``, ``commit`` and ``files``. Each file has ``path``, ``size``, ``sha256``, ``source`` and ``commit``.
+        The ``source`` and ``commit`` at the top are null if there are several sources. ``sha256`` is null if it was not
+        computed.
     """
 
     operation: str
@@ -71,11 +76,11 @@ class RunReport:
     manifest: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, the schema's number in front."""
+        """Return the report as plain values for JSON, with the version of the format as ``schema``."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def write(self, path: Path) -> None:
-        """Write the JSON to `path`, whole or not at all."""
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        part.replace(path)
+        """Write the JSON to `path` atomically: into a temporary file that is then renamed."""
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The run report for people."""
+"""The run report as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def format_size(count: float) -> str:
-    """Write bytes as disks are sold: powers of 1000, three digits."""
+    """Return bytes as text with a decimal unit (powers of 1000) and three digits, such as ``1.25 GB``."""
     for unit in _UNITS:
         if count < 999.5 or unit == _UNITS[-1]:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
@@ -19,23 +19,23 @@ def format_size(count: float) -> str:
 
 
 def summary(report: RunReport, path: Path) -> str:
-    """One paragraph: what was staged, from where it came, and where it is on this rank."""
+    """Return a summary: the staged files, the bytes by where they came from, and `path`, the path on this rank."""
     total = report.total
     ranks = f"{report.ranks} rank{'s' * (report.ranks != 1)} on {report.nodes} node{'s' * (report.nodes != 1)}"
     files = f"{total['files']:.0f} file{'s' * (total['files'] != 1)}"
     return (
         f"staged {files}, {format_size(total['bytes'])}, for {ranks} in {total['seconds']:.1f} s: "
         f"{format_size(total['origin_bytes'])} from the origin, {format_size(total['peer_bytes'])} from peers, "
-        f"{format_size(total['cached_bytes'])} already there"
+        f"{format_size(total['cached_bytes'])} already on disk"
         + (f", {format_size(total['copied_bytes'])} from your Hugging Face cache" if total.get("copied_bytes") else "")
         + f"\n{path}"
     )
 
 
 def table(report: RunReport) -> str:
-    """One line a domain: leader, ranks, bytes by where they came from, seconds by phase."""
+    """Return a table with one line for each storage domain: leader, ranks, bytes by where they came from, seconds."""
     phases = list(dict.fromkeys(phase for domain in report.domains for phase in domain.seconds))
-    rows = [["node", "leader", "ranks", "from origin", "from peers", "already there", *phases]]
+    rows = [["node", "leader", "ranks", "from origin", "from peers", "already on disk", *phases]]
     for number, domain in enumerate(report.domains):
         rows.append(
             [
