@@ -1,4 +1,4 @@
-"""Pretrainer: what the user declares, with the interface of SpeechBrain's class of that name."""
+"""Pretrainer: collects and loads pretrained files, with the interface of SpeechBrain's class of the same name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from weightferry.cluster.connect import operation
+from weightferry.cluster.connect import process_group_coordinator
 from weightferry.errors import BadRequest
 from weightferry.origins.shard_index import is_index
-from weightferry.phases.agree import RankRequest
+from weightferry.phases.requests import RankRequest
 from weightferry.report.run import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import FetchSource, SourceLike, SourceRequest, safe_path
@@ -27,41 +27,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARAMFILE_EXT = ".ckpt"
-"""The ending of every link in `collect_in`, and of the files looked for in a default source."""
+"""The extension of every link in `collect_in`, and of the files in a default source."""
 
 
 class Pretrainer:
     """Collects pretrained files on every node and loads them on every rank.
 
-    `collect_files` and `load_collected` are collective: every rank calls them, in the same order. One process without
-    any process group is the same with one rank.
+    `collect_files` and `load_collected` are collective: every rank calls them, in the same order. One process without a
+    process group is a job with one rank.
 
-    Guaranteed: what `collect_files` returns was opened on this rank and has the size, and when it was transferred the
-    checksum, that its origin publishes; when anything fails anywhere, every rank raises. Not guaranteed: that nobody
-    removes a file from the cache afterwards.
+    Guaranteed: this rank has opened every file that `collect_files` returns, and its size is the one that the origin
+    publishes. If the file was transferred, its checksum was verified too. If any rank fails, every rank raises an
+    error. Not guaranteed: that a file stays in the cache; another process may delete it later.
 
     Parameters
     ----------
     collect_in : str or Path or None
-        Folder for the links, made with its parents; the link of a loadable is ``NAME.ckpt``. None: no links.
+        Folder for the links; it is created with its parents. The link of a loadable is ``NAME.ckpt``. None: no links.
     loadables : mapping of str to object
-        What is loaded into, by name.
+        By name, the object to load into.
     paths : mapping of str to (str or FetchSource)
-        By name, a file: its last part is the file's name, the rest is a source. With an index of shards
-        (``org/name/model.safetensors.index.json``) come its shards; a path that ends in a slash (``org/name/``) is a
-        whole folder. Loadables without a path come from the default source.
+        By name, a path: its last part is the name of the file, the rest is a source. An index of shards
+        (``org/name/model.safetensors.index.json``) is collected with its shards. A path that ends in a slash
+        (``org/name/``) is a complete folder. Loadables without a path come from the default source.
     custom_hooks : mapping of str to callable
-        By name, ``hook(object, path)``; wins over the hooks of the object's class.
+        By name, ``hook(object, path)``; it takes precedence over the hooks of the object's class.
     conditions : mapping of str to (bool or callable)
-        By name, whether it takes part; a callable is asked each time.
+        By name, whether the loadable is collected and loaded. A callable is called each time.
+    options : mapping of str to LoadOptions
+        By name, options for loading: strictness, renamed keys, the names that its pickle may import.
+    lockfile : str or Path, optional
+        A file that ``weightferry prefetch`` wrote. `collect_files` reads sizes and checksums from it and sends no
+        metadata requests to origins.
     cache_dir : str or Path, optional
         The cache folder of this rank.
-    options : mapping of str to LoadOptions
-        By name, how it is loaded: strictness, other names, what its pickle may use.
-    lockfile : str or Path, optional
-        As ``weightferry prefetch`` wrote it: `collect_files` resolves from it and asks no origin what there is.
     settings : Settings, optional
-        All limits; default: from the environment. `cache_dir` wins over the one in it.
+        All settings; default: from the environment. `cache_dir` takes precedence over the one in `settings`.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Pretrainer:
         self._settings, self._cache_dir = settings, cache_dir
         self._lockfile = None if lockfile is None else Path(lockfile).expanduser().absolute()
         self._collected: dict[str, Path] = {}
-        self._alone = False
+        self._single_process = False
         self._group: ProcessGroup | None = None
 
     def __repr__(self) -> str:
@@ -102,7 +103,7 @@ class Pretrainer:
         )
 
     def set_collect_in(self, path: str | Path | None) -> None:
-        """Change the folder for the links."""
+        """Set the folder for the links."""
         self.collect_in = None if path is None else Path(path)
 
     def add_loadables(self, loadables: Mapping[str, Any]) -> None:
@@ -137,19 +138,19 @@ class Pretrainer:
     def split_path(path: str | Path | FetchSource) -> tuple[str | FetchSource, str]:
         """Split a path, URL or Hub path into its source and the name of the file.
 
-        A name alone is a file of the current folder: ``("./", name)``.
+        A name without a slash is a file in the current folder: ``("./", name)``.
         """
         if isinstance(path, FetchSource):
             source, name = Pretrainer.split_path(path.path)
             return FetchSource(path.FetchFrom, source), name
         text = str(path)
-        # The slashes in a query (a signed URL's, say) do not split.
-        head, mark, query = text.partition("?") if "://" in text else (text, "", "")
-        source, slash, name = head.rpartition("/")
+        # Slashes in the query of a URL, such as a signature, do not separate folders.
+        path_part, mark, query = text.partition("?") if "://" in text else (text, "", "")
+        source, slash, name = path_part.rpartition("/")
         return (source or "/" if slash else "./"), name + mark + query
 
     def is_loadable(self, name: str) -> bool:
-        """Whether the condition of `name`, if there is one, holds."""
+        """Whether the condition of `name` is true, or it has no condition."""
         condition = self.conditions.get(name, True)
         return bool(condition() if callable(condition) else condition)
 
@@ -160,33 +161,35 @@ class Pretrainer:
         *,
         group: ProcessGroup | None = None,
     ) -> dict[str, Path]:
-        """Bring the file of every loadable onto every node, and link it in `collect_in`; collective.
+        """Copy the file of every loadable to every node, and link it in `collect_in`; collective.
 
         Parameters
         ----------
         default_source : str or Path or FetchSource, optional
-            Where the file ``NAME.ckpt`` of a loadable without a path is.
+            The source of the file ``NAME.ckpt``, for loadables without a path.
         internal_ddp_handling : bool
-            False: this process alone, no coordination with other ranks.
+            False: only this process, without coordination with other ranks.
         group : torch.distributed.ProcessGroup, optional
-            The ranks that take part, here and in `load_collected`; None: all of the default process group.
+            The ranks that take part, here and in `load_collected`; None: all ranks of the default process group.
 
         Returns
         -------
         dict of str to Path
-            By name, the absolute local path to load from: the link, or without `collect_in` the file itself. Nothing
-            for loadables whose condition does not hold.
+            By name, the absolute local path to load from: the link, or the file itself without `collect_in`. Loadables
+            whose condition is false are not in it.
 
         Raises
         ------
         CollectError
-            The same on every rank: `BadRequest` for a loadable without path and default source, or for names that make
-            no link; whatever the origin, the disk or another rank has failed with.
+            The same on every rank: `BadRequest` for a loadable without a path and a default source, or for a name that
+            cannot be the name of a link; another subclass for an error of the origin, the disk or another rank.
         """
-        self._alone, self._group = not internal_ddp_handling, group
-        settings = self._limits()
-        with operation(settings, "collect", group=group, alone=self._alone) as coordinator:
-            collected = collect(lambda: self._wish(default_source), coordinator, settings, lockfile=self._lockfile)
+        self._single_process, self._group = not internal_ddp_handling, group
+        settings = self._effective_settings()
+        with process_group_coordinator(settings, "collect", group=group, alone=self._single_process) as coordinator:
+            collected = collect(
+                lambda: self._rank_request(default_source), coordinator, settings, lockfile=self._lockfile
+            )
         self._collected = dict(collected.paths)
         self.report = collected.report
         return dict(self._collected)
@@ -194,64 +197,66 @@ class Pretrainer:
     def load_collected(self, *, verify: Literal["digest"] | None = None) -> None:
         """Load every collected file into its loadable, on every rank; collective.
 
-        A custom hook wins over a transfer hook, which wins over a load hook. What was never collected by this object
-        is looked for in `collect_in`. Formats, names and shapes of all loadables are checked on all ranks before the
-        first parameter is written on any; what custom hooks refuse shows only when they are called.
+        A custom hook takes precedence over a transfer hook, and a transfer hook over a load hook. For a loadable that
+        this object has not collected, the file in `collect_in` is loaded. All ranks check the formats, keys and shapes
+        of all loadables before any rank writes a parameter. Errors of custom hooks appear only when they are called.
 
         Parameters
         ----------
         verify : "digest", optional
-            Compare afterwards what all ranks hold, tensor by tensor (CRC-32). Left out are loadables whose
-            `LoadOptions` say `rank_specific`, DTensors, and objects without ``state_dict``.
+            Compare the loaded values between ranks, tensor by tensor (CRC-32). Loadables with
+            ``LoadOptions(rank_specific=True)``, DTensors, and objects without ``state_dict`` are not compared.
 
         Raises
         ------
         LoadError
-            On every rank, when a file could not be loaded on any, or ranks hold different values; `NoHook` for a type
-            that nobody knows to load, `UnsafeFile` for a pickle that wants more than is allowed.
+            On every rank, if any rank could not load a file, or ranks hold different values; `NoHook` for a type
+            without a hook, `UnsafeFile` for a pickle that imports more than is allowed.
         PlanMismatch
-            Ranks allow pickles different things.
+            Ranks have different `LoadOptions.allow_globals` for one loadable.
         """
         if verify not in (None, "digest"):
-            raise BadRequest(f"verify is 'digest' or None, not {verify!r}")
+            raise BadRequest(f"verify must be 'digest' or None, not {verify!r}")
         from weightferry.loading.load_all import load_all
 
-        settings = self._limits()
-        with operation(settings, "load", group=self._group, alone=self._alone) as coordinator:
-            load_all(coordinator, lambda: self._loads(settings), verify=verify is not None)
+        settings = self._effective_settings()
+        with process_group_coordinator(settings, "load", group=self._group, alone=self._single_process) as coordinator:
+            load_all(coordinator, lambda: self._load_requests(settings), verify=verify is not None)
 
-    def _loads(self, settings: Settings) -> dict[str, LoadRequest]:
+    def _load_requests(self, settings: Settings) -> dict[str, LoadRequest]:
         from weightferry.loading.load_all import LoadRequest
         from weightferry.loading.options import LoadOptions
 
         unknown = self.options.keys() - self.loadables.keys()
         if unknown:
-            raise BadRequest(f"options for what is no loadable: {', '.join(sorted(unknown))}")
-        loads = {}
+            raise BadRequest(
+                f"options for unknown loadables: {', '.join(sorted(unknown))}; add them to loadables first"
+            )
+        requests = {}
         for name in (name for name in self.loadables if self.is_loadable(name)):
             options = self.options.get(name, LoadOptions())
-            loads[name] = LoadRequest(
+            requests[name] = LoadRequest(
                 self.loadables[name],
                 self._path_of(name),
                 self.custom_hooks.get(name),
                 replace(options, allow_globals=(*settings.allow_globals, *options.allow_globals)),
             )
-        return loads
+        return requests
 
     def _path_of(self, name: str) -> Path:
         if name in self._collected:
             return self._collected[name]
         if self.collect_in is not None:
             return self.collect_in.expanduser().absolute() / f"{name}{PARAMFILE_EXT}"
-        raise BadRequest(f"{name!r} was never collected: call collect_files() first", subject=name)
+        raise BadRequest(f"{name!r} was never collected: call collect_files() before load_collected()", subject=name)
 
-    def _limits(self) -> Settings:
+    def _effective_settings(self) -> Settings:
         settings = self._settings or Settings.from_environ(cache_dir=self._cache_dir)
         if self._settings is not None and self._cache_dir is not None:
             settings = replace(settings, cache_dir=Path(self._cache_dir).expanduser().absolute())
         return settings
 
-    def _wish(self, default_source: SourceLike | None) -> RankRequest:
+    def _rank_request(self, default_source: SourceLike | None) -> RankRequest:
         names = [name for name in self.loadables if self.is_loadable(name)]
         if self.collect_in is None:
             return RankRequest({name: self._request(name, default_source) for name in names})
@@ -261,21 +266,27 @@ class Pretrainer:
             other = links.setdefault(posixpath.normpath(link), name)
             if other != name:
                 raise BadRequest(
-                    f"{other!r} and {name!r} would share the link {link} in {self.collect_in}", subject=name
+                    f"{other!r} and {name!r} would share the link {link} in {self.collect_in}; rename one of them",
+                    subject=name,
                 )
-        into = self.collect_in.expanduser().absolute()
+        link_folder = self.collect_in.expanduser().absolute()
         return RankRequest(
-            {name: self._request(name, default_source) for name in names}, into=into, suffix=PARAMFILE_EXT
+            {name: self._request(name, default_source) for name in names},
+            link_folder=link_folder,
+            link_suffix=PARAMFILE_EXT,
         )
 
     def _request(self, name: str, default_source: SourceLike | None) -> SourceRequest:
         if name in self.paths:
             path = self.paths[name]
-            # Of a chain (zip://m.ckpt::s3://bucket/a.zip) the file is in the middle: it is looked up as a whole.
+            # In a chain (zip://m.ckpt::s3://bucket/a.zip) the file name is in the middle: the chain is one source.
             if "::" in str(path):
                 return SourceRequest.of(path)
             source, filename = self.split_path(path)
             return SourceRequest.of(source, filename, shards=is_index(filename.partition("?")[0]))
         if default_source is not None:
             return SourceRequest.of(default_source, name + PARAMFILE_EXT)
-        raise BadRequest(f"{name!r} has no path, and there is no default source", subject=name)
+        raise BadRequest(
+            f"{name!r} has no path, and there is no default source: add it to paths, or give default_source",
+            subject=name,
+        )

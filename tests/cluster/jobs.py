@@ -1,4 +1,4 @@
-"""What the tasks of the tests run; importable by name on every node."""
+"""Functions for the tasks of the tests; every node can import them by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_up() -> tuple[int, float, str]:
 
 
 def raise_on(rank: int, *, others_sleep: bool) -> None:
-    """Raise on one rank; the others are inside a collective, or in a call that nothing wakes."""
+    """Raise an error on one rank; the other ranks are in a collective, or in a call that does not return."""
     if dist.get_rank() == rank:
         time.sleep(1)
         raise ValueError("planted on purpose")
@@ -27,7 +27,7 @@ def raise_on(rank: int, *, others_sleep: bool) -> None:
 
 
 def wait_for_ever(ready: str) -> None:
-    """Say that this rank runs, then stay."""
+    """Write a file as soon as this rank runs, then sleep."""
     with open(f"{ready}-{dist.get_rank()}", "w") as file:  # noqa: PTH123
         file.write(str(os.getpid()))
     time.sleep(600)

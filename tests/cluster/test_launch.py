@@ -1,4 +1,4 @@
-"""`weightferry.launch` on real Slurm: ranks, groups, staged sources, failures that name who and where."""
+"""`weightferry.launch` on real Slurm: ranks, process groups, staged sources, errors that name rank and host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def environment(hub: Served, outside: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user has set before submitting; jobs inherit it."""
+    """Set the variables of a user who submits jobs; jobs inherit them."""
     for name, value in hub.environ.items():
         monkeypatch.setenv(name, value)
     # Tasks import the jobs of this folder by name.
@@ -30,7 +30,7 @@ def environment(hub: Served, outside: Testbed, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WEIGHTFERRY_CACHE_DIR", str(outside.local / "cache-launch"))
     monkeypatch.setenv("WEIGHTFERRY_BEAT_INTERVAL", "0.5")
     monkeypatch.setenv("WEIGHTFERRY_BEAT_TIMEOUT", "4")
-    # A login node has no place in a job of its own.
+    # A login node is not a rank of a job.
     for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))]:
         monkeypatch.delenv(name)
 
@@ -55,10 +55,10 @@ def test_a_rank_that_raises_is_named_on_all(testbed: Testbed, others_sleep: bool
         folder=testbed.shared / "jobs",
         timeout_min=5,
     )
-    said = str(job.exception())
-    assert "planted on purpose" in said
+    text = str(job.exception())
+    assert "planted on purpose" in text
     if not others_sleep:
-        assert "failed in run on node2 (rank 3): ValueError: planted on purpose" in said
+        assert "failed in run on node2 (rank 3): ValueError: planted on purpose" in text
 
 
 def test_killed_tasks_name_their_node(testbed: Testbed, tmp_path: Path) -> None:
@@ -75,13 +75,13 @@ def test_killed_tasks_name_their_node(testbed: Testbed, tmp_path: Path) -> None:
     while not all(Path(f"{ready}-{rank}").exists() for rank in range(2)):
         assert time.monotonic() < until, job.stderr()
         time.sleep(0.2)
-    # The pid is the task's own, in the pid namespace of its node.
+    # This is the pid of the task, in the pid namespace of its node.
     pid = Path(f"{ready}-1").read_text()
     testbed.run(["kill", f"-{signal.SIGKILL.value}", pid], "node2")
     assert "node2" in str(job.exception())
 
 
-def test_a_torchrun_a_node_meets_by_itself(hub: Served, testbed: Testbed) -> None:
+def test_torchrun_gets_its_rendezvous(hub: Served, testbed: Testbed) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
     command += [sys.executable, "-m", "weightferry.cli", "stage", REPO]
     job = launch.submit_command(command, nodes=2, folder=testbed.shared / "jobs", timeout_min=5)

@@ -1,4 +1,4 @@
-"""Files that are whole and yet cannot be loaded, and names that make no sense: the same error on every rank."""
+"""Complete files that cannot be loaded, and invalid names: the same error on every rank."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_pickle_that_wants_to_run_a_command(model: Nodes) -> None:
     gots, after = model.tries(
         partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model, model.place / "links"), GOOD
     )
-    failed_alike(gots, UnsafeFile, "load", ALL, "is refused, and nothing of it was run", "system")
+    failed_alike(gots, UnsafeFile, "load", ALL, "Nothing from the file was run", "system")
     assert not marker.exists()
     check_next_call(model, after)
 
@@ -85,7 +85,7 @@ def test_weights_of_another_shape_on_one_rank(model: Nodes) -> None:
 
 
 @pytest.mark.parametrize(("make", "ranks"), [(jobs.no_hook, ALL), (jobs.no_hook_on_rank_1, {1})])
-def test_an_object_that_nobody_can_load(model: Nodes, make: Any, ranks: set[int]) -> None:
+def test_an_object_without_a_hook(model: Nodes, make: Any, ranks: set[int]) -> None:
     gots, after = model.tries(partial(jobs.load, {"model": "org/model/good.ckpt"}, make), GOOD)
     failed_alike(gots, NoHook, "load", ranks, "an object of type builtins.object", "custom_hooks=", "mark_as_transfer")
     check_next_call(model, after)
@@ -105,16 +105,16 @@ def test_two_names_for_one_link(model: Nodes, names: tuple[str, str]) -> None:
 def test_two_names_for_one_link_on_one_rank(model: Nodes, rank: int) -> None:
     bad = partial(jobs.collect, dict.fromkeys(("model", "./model"), "org/model/good.ckpt"), model.place / "links")
     gots, after = model.tries(partial(jobs.by_rank, {rank: bad}, GOOD), GOOD)
-    # The others' second call, to load, never comes: the first one has failed for them.
+    # The other ranks do not reach their second call, to load: their first call has failed too.
     failed_alike(gots, BadRequest, "agree", {rank}, "would share the link")
     check_next_call(model, after)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "a/../../x", ".."])
-def test_a_name_whose_link_climbs_out(model: Nodes, name: str) -> None:
+def test_a_name_whose_link_leaves_the_folder(model: Nodes, name: str) -> None:
     into = model.place / "a/b/links"
     gots, after = model.tries(partial(jobs.collect, {name: "org/model/good.ckpt"}, into), GOOD)
-    if name == "..":  # "...ckpt" is a name like any other
+    if name == "..":  # "...ckpt" is a valid name
         assert [list(found) for found in values(gots)] == [[".."]] * 4
     else:
         failed_alike(gots, BadRequest, "agree", ALL, "must be a relative path")
@@ -128,8 +128,8 @@ def test_no_path_and_no_default_source(model: Nodes) -> None:
     check_next_call(model, after)
 
 
-def test_a_hook_that_raises_what_cannot_be_pickled(model: Nodes) -> None:
-    gots, after = model.tries(raises_the_unpicklable, GOOD)
+def test_a_hook_that_raises_an_unpicklable_error(model: Nodes) -> None:
+    gots, after = model.tries(raise_unpicklable, GOOD)
     failed_alike(gots, LoadError, "load", {1}, "Unpicklable: no way")
     check_next_call(model, after)
 
@@ -139,7 +139,7 @@ class Unpicklable(Exception):
         raise TypeError("cannot be pickled")
 
 
-def raises_the_unpicklable() -> None:
+def raise_unpicklable() -> None:
     import weightferry
 
     def hook(*_: object) -> None:

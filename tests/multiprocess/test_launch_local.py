@@ -1,4 +1,4 @@
-"""`weightferry submit` on this machine alone: submitit's local executor."""
+"""`weightferry submit` on this machine, with submitit's local executor."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from weightferry import launch
-from weightferry.launch.tasks import CommandTask, JobCut, RankTask
+from weightferry.launch.tasks import CommandTask, JobEndedEarly, RankTask
 
-GONE = ("RANK", "WORLD_SIZE", "SLURM_")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_")
 
 
 def submit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "weightferry.cli", "submit", "--cluster", "local", "--folder", str(folder)]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(GONE)}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     return subprocess.run([*command, *arguments], env=environ, capture_output=True, text=True, timeout=90, check=False)
 
 
@@ -33,7 +33,7 @@ def test_the_code_of_a_failed_command(tmp_path: Path) -> None:
     assert "the reason" in done.stdout
 
 
-def test_without_waiting_it_says_where_to_look(tmp_path: Path) -> None:
+def test_without_wait_it_prints_the_paths_of_the_logs(tmp_path: Path) -> None:
     done = submit(tmp_path, "--", "true")
     assert done.returncode == 0
     assert done.stdout.startswith("job ")
@@ -48,13 +48,13 @@ def test_a_wrong_call(tmp_path: Path) -> None:
 
 
 def test_a_function_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(GONE)]:
+    for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
         monkeypatch.delenv(name)
     job = launch.submit(sum, [1, 2, 3], cluster="local", folder=tmp_path)
     assert job.result() == 6
 
 
 @pytest.mark.parametrize("task", [RankTask(sum, requeue=False), CommandTask(("true",), requeue=False)])
-def test_a_job_that_is_cut_and_not_requeued_says_so(task: RankTask | CommandTask) -> None:
-    with pytest.raises(JobCut, match="requeue=False"):
+def test_a_job_that_ends_early_without_requeue_raises_an_error(task: RankTask | CommandTask) -> None:
+    with pytest.raises(JobEndedEarly, match="requeue=False"):
         task.checkpoint()

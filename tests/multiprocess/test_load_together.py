@@ -1,4 +1,4 @@
-"""Loading as one act of all ranks: all or nothing, shards of an index, parts of split tensors, the same numbers."""
+"""Load on all ranks: all or nothing, shards of an index, shards of DTensors, the same values on every rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved(obj: object) -> bytes:
 def sharded(
     names: tuple[str, str] = ("model-00001-of-00002.safetensors", "other name.safetensors"),
 ) -> dict[str, bytes]:
-    """The state in two shards, and their index."""
+    """Return the files of the state in two shards, with their index."""
     named = {key: names[key.startswith("2")] for key in STATE}
     parts = {name: save({key: STATE[key] for key in STATE if named[key] == name}) for name in names}
     return {**parts, "model.safetensors.index.json": json.dumps({"weight_map": named}).encode(), "README.md": b"x"}
@@ -79,7 +79,7 @@ def two_models() -> dict[str, Any]:
 
 
 def load_and_look(paths: dict[str, str]) -> tuple[str, bool]:
-    """Load, and tell what failed and whether anything was written."""
+    """Load; return the text of the error, and whether the modules are unchanged."""
     loadables = two_models()
     before = {name: jobs._plain(module.state_dict()) for name, module in loadables.items()}
     pretrainer = weightferry.Pretrainer(None, loadables, paths)
@@ -87,23 +87,23 @@ def load_and_look(paths: dict[str, str]) -> tuple[str, bool]:
     try:
         pretrainer.load_collected()
     except LoadError as error:
-        said = str(error)
+        text = str(error)
     after = {name: jobs._plain(module.state_dict()) for name, module in loadables.items()}
-    return said, before == after
+    return text, before == after
 
 
-def test_what_does_not_fit_on_one_rank_is_written_on_none(model: Nodes) -> None:
+def test_a_mismatch_on_one_rank_prevents_writing_on_all_ranks(model: Nodes) -> None:
     model.hub.add_repo("org/bad", {"bad.ckpt": saved({**STATE, "2.bias": torch.ones(5)})})
     good = {"first": "org/model/good.ckpt", "second": "org/model/good.ckpt"}
     bad = partial(load_and_look, {**good, "second": "org/bad/bad.ckpt"})
     (gots,) = model.tries(partial(jobs.by_rank, {2: bad}, partial(load_and_look, good)))
-    for said, untouched in values(gots):
-        assert "2.bias" in said
-        assert "rank 2" in said
-        assert untouched
+    for text, unchanged in values(gots):
+        assert "2.bias" in text
+        assert "rank 2" in text
+        assert unchanged
 
 
-def test_pickles_may_use_the_same_on_all_ranks(model: Nodes) -> None:
+def test_allow_globals_must_be_the_same_on_all_ranks(model: Nodes) -> None:
     call = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model)
     other = partial(call, options={"model": LoadOptions(allow_globals=("collections.Counter",))})
     gots, alike = model.tries(partial(jobs.by_rank, {3: other}, call), other)
@@ -111,17 +111,17 @@ def test_pickles_may_use_the_same_on_all_ranks(model: Nodes) -> None:
     assert values(alike) == [{"model": EXPECTED}] * 4
 
 
-def test_ranks_that_hold_different_numbers_are_named(model: Nodes) -> None:
+def test_ranks_with_different_values_are_named(model: Nodes) -> None:
     other = {**STATE, "2.bias": STATE["2.bias"] + 1}
     model.hub.add_repo("org/other", {"good.ckpt": saved(other)})
     call = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model, verify="digest")
     odd = partial(jobs.load, {"model": "org/other/good.ckpt"}, jobs.only_model, verify="digest")
     same, gots = model.tries(call, partial(jobs.by_rank, {1: odd}, call))
     assert values(same) == [{"model": EXPECTED}] * 4
-    failed_alike(gots, LoadError, "verify", {0}, "'model' is not the same on all ranks", "'2.bias'", "ranks 1 have")
+    failed_alike(gots, LoadError, "verify", {0}, "'model' is not the same on all ranks", "'2.bias'", "on rank 1")
 
 
-def test_what_is_meant_to_differ_is_left_out(model: Nodes) -> None:
+def test_rank_specific_loadables_are_not_compared(model: Nodes) -> None:
     model.hub.add_repo("org/other", {"good.ckpt": saved({**STATE, "2.bias": STATE["2.bias"] + 1})})
     options = {"model": LoadOptions(rank_specific=True)}
     call = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model, verify="digest", options=options)
@@ -130,11 +130,11 @@ def test_what_is_meant_to_differ_is_left_out(model: Nodes) -> None:
     assert len(values(gots)) == 4
 
 
-ROWS, WIDTH = 16384, 1024  # of each of two matrices, 134 MB together: the kernel maps in 2 MiB at a time
+ROWS, WIDTH = 16384, 1024  # of each of two matrices, 134 MB together: the kernel maps 2 MiB at a time
 
 
 def load_split(meta: bool, kind: str) -> tuple[float, bool]:
-    """Load into a module split over all ranks; the part of the file that this rank read, and whether all is right."""
+    """Load into a module split over all ranks; return the fraction of the file that this rank read, and success."""
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -157,25 +157,25 @@ def load_split(meta: bool, kind: str) -> tuple[float, bool]:
     before = [id(each) for each in module.parameters()]
     read = []
 
-    def copy_and_look(*args: Any, **options: Any) -> Any:
+    def copy_and_measure(*args: Any, **options: Any) -> Any:
         missing = modules.copy_into(*args, **options)
         read.append(resident(path))
         return missing
 
-    vars(hooks)["copy_into"] = copy_and_look
+    vars(hooks)["copy_into"] = copy_and_measure
     pretrainer.load_collected(verify="digest")
-    whole = load(path.read_bytes())
-    right = meta or before == [id(each) for each in module.parameters()]
+    expected = load(path.read_bytes())
+    correct = meta or before == [id(each) for each in module.parameters()]
     for key, tensor in module.state_dict().items():
         if isinstance(tensor, DTensor):
             assert tensor.to_local().numel() < tensor.numel() or kind != "fsdp2", key
             tensor = tensor.full_tensor()
-        right &= torch.equal(tensor, whole[key])
-    return read[0] / path.stat().st_size, right
+        correct &= torch.equal(tensor, expected[key])
+    return read[0] / path.stat().st_size, correct
 
 
 def resident(path: Path) -> int:
-    """Bytes of a file that are mapped into this process, as far as it has touched them."""
+    """Return the bytes of a mapped file that are resident in this process."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     starts = [number for number, line in enumerate(lines) if line.endswith(str(path.resolve()))]
     return sum(
@@ -185,7 +185,7 @@ def resident(path: Path) -> int:
 
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 @pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel"])
-def test_each_rank_reads_what_it_owns(nodes: Nodes, kind: str, meta: bool) -> None:
+def test_each_rank_reads_its_own_shard(nodes: Nodes, kind: str, meta: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {
         "0.weight": torch.rand(ROWS, WIDTH, generator=generator),
@@ -193,7 +193,7 @@ def test_each_rank_reads_what_it_owns(nodes: Nodes, kind: str, meta: bool) -> No
         "1.bias": torch.rand(WIDTH, generator=generator),
     }
     nodes.hub.add_repo("org/split", {"model.safetensors": save(state)})
-    for read, right in nodes.run(load_split, meta, kind):
-        assert right
-        # Parts of rows share pages with their neighbours' parts.
+    for read, correct in nodes.run(load_split, meta, kind):
+        assert correct
+        # Shards of rows share pages with the neighbouring shards.
         assert 0.2 < read <= (0.3 if kind == "fsdp2" else 1.0)

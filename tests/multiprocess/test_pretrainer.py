@@ -1,4 +1,4 @@
-"""Pretrainer on real ranks: collected, linked, loaded; alike or different from rank to rank."""
+"""Pretrainer on several ranks: collect, link and load, with the same or different files per rank."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def files(nodes: Nodes) -> Nodes:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """The state of `jobs.network`."""
+    """Return a state for `jobs.network`."""
     numbers = torch.Generator().manual_seed(7)
     shapes = {"0.weight": (16, 8), "0.bias": (16,), "2.weight": (4, 16), "2.bias": (4,)}
     return {name: torch.rand(shape, generator=numbers) for name, shape in shapes.items()}
 
 
 def momentum() -> dict[str, Any]:
-    """The state of `jobs.plain_module`'s optimizer; made by hand, since importing one takes five seconds."""
+    """Return a state for the optimizer of `jobs.plain_module`, made by hand: importing one takes five seconds."""
     buffers = {number: {"momentum_buffer": -value} for number, value in enumerate(weights().values())}
     switches = dict.fromkeys(("nesterov", "maximize", "differentiable"), False) | {"foreach": None, "fused": None}
     group = {"lr": 0.25, "momentum": 0.9, "dampening": 0, "weight_decay": 0, **switches, "params": [0, 1, 2, 3]}
@@ -53,7 +53,7 @@ def saved(obj: object) -> bytes:
 
 @pytest.mark.parametrize("content", [save(weights()), saved(weights())], ids=["safetensors", "pickle"])
 @pytest.mark.parametrize("collect_in", ["links", None])
-def test_every_rank_loads_the_published_numbers(nodes: Nodes, content: bytes, collect_in: str | None) -> None:
+def test_every_rank_loads_the_published_values(nodes: Nodes, content: bytes, collect_in: str | None) -> None:
     nodes.hub.add_repo("org/model", {"model.any": content})
     into = nodes.place / collect_in if collect_in else None
     loaded = nodes.run(jobs.load, {"model": "org/model/model.any"}, jobs.only_model, into)
@@ -129,11 +129,11 @@ def test_ranks_that_want_different_files_get_their_own(files: Nodes, into: str |
         name = "ab"[rank // 2]
         assert {key: digest for key, (_, digest) in found.items()} == {name: DIGEST[name]}
         assert found[name][0] == (where / f"{name}.ckpt" if where else found[name][0])
-    # The union is staged everywhere.
+    # Every node stages the files of all ranks.
     assert files.hub.content_bytes() == (len(A) + len(B))
 
 
-def test_a_rank_that_wants_nothing_takes_part(files: Nodes) -> None:
+def test_a_rank_without_files_takes_part(files: Nodes) -> None:
     call = partial(jobs.collect, {"a": "org/model/a.ckpt"})
     (gots,) = files.tries(partial(jobs.by_rank, {2: partial(jobs.collect, {})}, call))
     assert [list(found) for found in values(gots)] == [["a"], ["a"], [], ["a"]]
@@ -155,7 +155,7 @@ def test_one_name_with_two_sources_in_two_folders_is_none(files: Nodes) -> None:
     assert [found["x"][1] for found in values(gots)] == [DIGEST["a"]] * 3 + [DIGEST["b"]]
 
 
-def test_without_ddp_handling_one_rank_waits_for_nobody(files: Nodes) -> None:
+def test_without_ddp_handling_a_rank_does_not_wait(files: Nodes) -> None:
     alone = partial(jobs.collect, {"a": "org/model/a.ckpt"}, internal=False)
     first, together = files.tries(
         partial(jobs.by_rank, {2: alone}, dict), partial(jobs.collect, {"b": "org/model/b.ckpt"})
@@ -179,7 +179,7 @@ def test_without_a_process_group_the_error_gives_the_line_to_add(files: Nodes) -
     environ = {**os.environ, **files.environ(0), "RANK": "1", "WORLD_SIZE": "2"}
     done = run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    said = done.stderr.splitlines()
-    assert any(line.startswith("weightferry.errors.NotDistributed: torchrun started 2 ranks") for line in said), said
-    assert any('torch.distributed.init_process_group("gloo")' in line for line in said)
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("weightferry.errors.NotDistributed: torchrun started 2 ranks") for line in lines), lines
+    assert any('torch.distributed.init_process_group("gloo")' in line for line in lines)
     assert files.hub.requests == []

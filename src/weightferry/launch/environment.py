@@ -1,4 +1,4 @@
-"""From submitit's environment to the variables that torch and gloo read."""
+"""Read submitit's environment, and set the variables that torch and gloo read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import submitit
 from weightferry.cluster.connect import port_for
 from weightferry.cluster.interfaces import interface_towards
 
-# What torchrun sets for its ranks; a command that makes ranks of its own must not see those of the task it runs in.
+# torchrun sets these for its ranks. A command that starts ranks of its own must not see those of the task it runs in.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
 
 
 @dataclass(frozen=True)
 class TaskEnvironment:
-    """One task's place in its job.
+    """The ranks, addresses and job of one task.
 
     Attributes
     ----------
@@ -26,11 +26,11 @@ class TaskEnvironment:
     master_address : str
         Name or address of the node of rank 0.
     job_id : str
-        submitit's.
+        The id of the job in submitit.
     restarts : int
         How often the job was requeued.
     interface : str
-        The network interface on the way to the other nodes; empty when it could not be told.
+        The network interface towards the other nodes; empty if it could not be determined.
     """
 
     rank: int
@@ -45,14 +45,14 @@ class TaskEnvironment:
     interface: str
 
     @classmethod
-    def here(cls) -> TaskEnvironment:
-        """Look around in a running task."""
+    def from_submitit(cls) -> TaskEnvironment:
+        """Return the environment of the running task."""
         env = submitit.JobEnvironment()
         nodes = list(env.hostnames)
-        alone = env.num_nodes == 1
-        # Many machines resolve their own name to 127.0.1.1: the way to another node shows the interface that others
-        # can reach.
-        other = nodes[1] if env.node == 0 and len(nodes) > 1 else nodes[0]
+        single_node = env.num_nodes == 1
+        # Many machines resolve their own name to 127.0.1.1. The route to another node goes through an interface that
+        # the other nodes can reach.
+        other_node = nodes[1] if env.node == 0 and len(nodes) > 1 else nodes[0]
         return cls(
             rank=env.global_rank,
             world_size=env.num_tasks,
@@ -60,19 +60,19 @@ class TaskEnvironment:
             local_world_size=env.num_tasks // env.num_nodes,
             node=env.node,
             nodes=env.num_nodes,
-            master_address="127.0.0.1" if alone else nodes[0],
+            master_address="127.0.0.1" if single_node else nodes[0],
             job_id=env.job_id,
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            interface="lo" if alone else interface_towards(other),
+            interface="lo" if single_node else interface_towards(other_node),
         )
 
     def port(self, purpose: str) -> int:
-        """Choose a port for one purpose; all tasks of a job choose the same one."""
+        """Return the port for one purpose; it is the same in all tasks of a job."""
         return port_for(f"{self.job_id}/{self.restarts}/{purpose}")
 
     def variables(self, purpose: str, environ: Mapping[str, str]) -> dict[str, str]:
-        """Name what torch reads; interfaces only where the user has not chosen."""
-        chosen = {
+        """Return the variables that torch reads; the network interfaces only if `environ` does not set them."""
+        variables = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
             "LOCAL_RANK": self.local_rank,
@@ -84,9 +84,9 @@ class TaskEnvironment:
         if self.interface:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 if name not in environ:
-                    chosen[name] = self.interface
-        return {name: str(value) for name, value in chosen.items()}
+                    variables[name] = self.interface
+        return {name: str(value) for name, value in variables.items()}
 
     def export(self, purpose: str, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Set them."""
+        """Set `variables` in `environ`."""
         environ.update(self.variables(purpose, environ))

@@ -1,4 +1,4 @@
-"""Follow a submitted job: its output as it comes, and at the end its exit code."""
+"""Follow a submitted job: print the output of its tasks until it ends, then return its exit code."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import submitit
 
 from weightferry.launch.tasks import exit_codes
 
-_LOOK_EVERY = 0.5  # seconds, at the logs
-_ASK_EVERY = 5.0  # seconds, at the queue
-_SETTLE = 10.0  # seconds for results to show on a network file system after the job has left the queue
+_LOG_INTERVAL = 0.5  # seconds between reads of the logs
+_QUEUE_INTERVAL = 5.0  # seconds between calls of squeue
+_RESULT_TIMEOUT = 10.0  # seconds for results to appear on a network file system after the job has left the queue
 
 
-def follow(job: submitit.Job[Any], say: Callable[[str], None]) -> int:
-    """Pass on what the tasks of a job print until it ends.
+def follow(job: submitit.Job[Any], print_line: Callable[[str], None]) -> int:
+    """Print the output of the tasks of a job until the job ends.
 
     Parameters
     ----------
     job
         As `submit` or `submit_command` returned it.
-    say
-        Takes one line, in front of it the task's number when there are several.
+    print_line
+        Called with each line. If the job has several tasks, the line starts with the number of its task.
 
     Returns
     -------
     int
-        0; or what the command of the first failed task ended with; or 1.
+        0 if no task failed; else the exit code of the command of the first failed task, or 1.
     """
     tails = [
         _LogTail(path, f"[{number}] " if job.num_tasks > 1 else "")
         for number in range(job.num_tasks)
         for path in (job.task(number).paths.stdout, job.task(number).paths.stderr)
     ]
-    asked = time.monotonic()
+    last_check = time.monotonic()
     ended = False
     while not ended:
         ended = all(_has_result(job, number) for number in range(job.num_tasks))
-        if not ended and time.monotonic() - asked > _ASK_EVERY:
-            asked = time.monotonic()
+        if not ended and time.monotonic() - last_check > _QUEUE_INTERVAL:
+            last_check = time.monotonic()
             ended = _left_queue(job)
         for tail in tails:
-            for line in tail.new_lines(whole=not ended):
-                say(line)
+            for line in tail.new_lines(only_complete=not ended):
+                print_line(line)
         if not ended:
-            time.sleep(_LOOK_EVERY)
+            time.sleep(_LOG_INTERVAL)
     errors = _errors(job)
     if not errors:
         return 0
-    say(errors[0])
+    print_line(errors[0])
     failed = [code for _, code in sorted(exit_codes(job).items()) if code]
-    # When one task fails, Slurm ends the others: their signals are not what went wrong.
+    # When one task fails, Slurm ends the other tasks with a signal: a negative code is not the cause.
     return next((code for code in failed if code > 0), 1)
 
 
@@ -63,50 +63,53 @@ def _has_result(job: submitit.Job[Any], number: int) -> bool:
 
 
 def _left_queue(job: submitit.Job[Any]) -> bool:
-    """Ask whether the job is over, results or not.
+    """Return whether the job has ended, with or without results.
 
-    submitit asks sacct, once a minute; sacct knows nothing where there is no accounting, the queue always does.
+    submitit calls sacct, once a minute. sacct has no data on clusters without accounting; squeue always has.
     """
     if not isinstance(job, submitit.SlurmJob):
         return bool(job.done())
     answer = subprocess.run(["squeue", "--noheader", "--jobs", job.job_id], capture_output=True, text=True, check=False)
-    # A job that left long ago is no job to squeue: it says so, and exits with 1. A slurmctld that does not answer
-    # says nothing of the job.
+    # For a job that left the queue long ago, squeue exits with 1 and this text. If slurmctld does not answer, squeue
+    # fails too, and the job may still run.
     return not answer.stdout.strip() if answer.returncode == 0 else "Invalid job id" in answer.stderr
 
 
 def _errors(job: submitit.Job[Any]) -> list[str]:
-    """What went wrong, by task; a rank that names another one says most and comes first."""
-    until = time.monotonic() + _SETTLE
-    while not all(_has_result(job, n) for n in range(job.num_tasks)) and time.monotonic() < until:
-        time.sleep(_LOOK_EVERY)
-    errors, silent = [], []
+    """Return the errors of the tasks, in the order of tasks, then one line for the tasks without a result."""
+    deadline = time.monotonic() + _RESULT_TIMEOUT
+    while not all(_has_result(job, n) for n in range(job.num_tasks)) and time.monotonic() < deadline:
+        time.sleep(_LOG_INTERVAL)
+    errors, without_result = [], []
     for number in range(job.num_tasks):
         if not _has_result(job, number):
-            silent.append(str(number))
+            without_result.append(str(number))
         elif (error := job.task(number).exception()) is not None:
             errors.append(str(error))
-    if silent:
-        errors.append(f"tasks {', '.join(silent)} of job {job.job_id} were ended before they could say anything")
+    if without_result:
+        errors.append(
+            f"tasks {', '.join(without_result)} of job {job.job_id} ended without a result: they were killed, or their "
+            f"node failed. See the logs in {job.paths.folder}, and `sacct --jobs={job.job_id}`"
+        )
     return errors
 
 
 class _LogTail:
-    """The lines that were added to a file since the last look."""
+    """Reads the lines that were added to a file since the last read."""
 
     def __init__(self, path: Path, prefix: str) -> None:
-        self._path, self._prefix, self._read = path, prefix, 0
+        self._path, self._prefix, self._position = path, prefix, 0
 
-    def new_lines(self, *, whole: bool) -> Iterator[str]:
-        """Yield them; a last line without its end only when not `whole`."""
+    def new_lines(self, *, only_complete: bool) -> Iterator[str]:
+        """Yield the new lines; the last line without a line end is left for later if `only_complete`."""
         try:
             with self._path.open("rb") as file:
-                file.seek(self._read)
+                file.seek(self._position)
                 text = file.read()
         except FileNotFoundError:
             return
-        if whole:
+        if only_complete:
             text = text[: text.rfind(b"\n") + 1]
-        self._read += len(text)
+        self._position += len(text)
         for line in text.decode(errors="replace").splitlines():
             yield f"{self._prefix}{line}"

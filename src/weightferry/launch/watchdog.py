@@ -1,4 +1,4 @@
-"""Ends a rank that cannot end itself: another one has failed, and this one waits for it inside a collective."""
+"""End a rank that waits inside a collective for a rank that has failed."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from submitit.core.utils import cloudpickle_dump, temporary_save_path
 
 from weightferry.cluster.coordinator import Aborted, Coordinator
 
-_LOOK_EVERY = 1.0  # seconds
-# Seconds for a rank to notice by itself (a gloo peer that is gone raises at once) before it is ended.
-_PATIENCE = 10.0
+_CHECK_INTERVAL = 1.0  # seconds
+# Seconds for a rank to fail on its own before the watchdog ends it: gloo raises at once when a peer is gone.
+_GRACE_PERIOD = 10.0
 
 
 @contextlib.contextmanager
 def watchdog(coordinator: Coordinator) -> Iterator[None]:
-    """While in this context, end the process some seconds after the operation has failed elsewhere.
+    """Within this context, end the process if the operation failed on another rank and this rank does not end.
 
-    What is known of the failure is left as the task's result, so that the job's owner reads it there.
+    The watchdog writes the known failure as the result of the task, so that submitit shows it to the user.
     """
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(coordinator, over), name="weightferry-watchdog", daemon=True)
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(coordinator, done), name="weightferry-watchdog", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
-def _watch(coordinator: Coordinator, over: threading.Event) -> None:
-    while not over.wait(_LOOK_EVERY):
+def _watch(coordinator: Coordinator, done: threading.Event) -> None:
+    while not done.wait(_CHECK_INTERVAL):
         try:
             coordinator.check()
         except Aborted as aborted:
-            if over.wait(_PATIENCE):
+            if done.wait(_GRACE_PERIOD):
                 return
-            coordinator.all_told(0)
+            coordinator.wait_until_all_informed(0)
             with contextlib.suppress(Exception):
                 path = submitit.JobEnvironment().paths.result_pickle
+                text = f"{aborted}\nThis rank was inside a call that did not return; the watchdog ended it."
                 with temporary_save_path(path) as part:
-                    cloudpickle_dump(("error", f"{aborted}\nThis rank was inside a call that did not return."), part)
+                    cloudpickle_dump(("error", text), part)
             os._exit(1)
