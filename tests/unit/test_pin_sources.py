@@ -57,7 +57,7 @@ def test_one_source_for_each_revision_and_root(resolver: Resolver) -> None:
         SourceRequest.of("org/n"),
     )
     assert [root for root, _ in resolver.origin.resolves] == ["org/m", "org/m", "s3://bucket/m", "org/n"]
-    assert [what.source for what in got.found.values()] == [0, 1, 2, 3]
+    assert [files.source for files in got.found.values()] == [0, 1, 2, 3]
 
 
 def test_a_path_requested_twice_is_resolved_once(resolver: Resolver) -> None:

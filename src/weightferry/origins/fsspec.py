@@ -106,7 +106,7 @@ def _check_version(fs: Any, name: str, version: str) -> None:
 
 
 def _supports_ranges(fs: Any, root: str, files: Iterable[File]) -> bool:
-    """Try to read one byte of one file: some file systems of fsspec cannot read ranges, and none of them says so."""
+    """Try to read one byte of one file: some file systems of fsspec cannot read ranges, and none declares it."""
     large = next((file for file in files if (file.size or 0) > 1), None)
     if large is None:
         return True
@@ -177,7 +177,9 @@ def _translate_errors(source: Source) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError) as error:
         raise SourceNotFound(redact(str(error)), subject=subject) from error
     except (OSError, asyncio.TimeoutError) as error:
-        kind = next((ours for theirs, ours in _ERROR_CLASSES if isinstance(error, theirs)), TransientOriginError)
+        kind = next(
+            (translated for original, translated in _ERROR_CLASSES if isinstance(error, original)), TransientOriginError
+        )
         raise kind(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
     except ValueError as error:
         # url_to_fs raises it for an unknown scheme.

@@ -127,7 +127,7 @@ def translate_http_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        kind = next((ours for theirs, ours in _ERROR_CLASSES if isinstance(error, theirs)), OriginError)
+        kind = next((translated for original, translated in _ERROR_CLASSES if isinstance(error, original)), OriginError)
         raise kind(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
 
 

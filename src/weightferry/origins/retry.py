@@ -24,7 +24,7 @@ class Monitor(Protocol):
     """Counts the bytes that are read, and tells a waiting thread that the operation has failed."""
 
     def count_bytes(self, count: int) -> None:
-        """Count bytes that came from the origin."""
+        """Count bytes that were received from the origin."""
 
     def check(self) -> None:
         """Raise if the operation has failed, so that further work is useless."""
@@ -64,7 +64,7 @@ class Retry:
         Raises
         ------
         OriginError
-            `retries` attempts in a row have failed, or the origin asks to wait more than ten minutes.
+            More than `retries` attempts in a row have failed, or the origin asks to wait more than ten minutes.
         OriginUnreachable
             As before, but no connection to the origin is possible.
         Stalled
@@ -87,15 +87,19 @@ class Retry:
 
     def _wait_after_error(self, error: TransientOriginError) -> float:
         self._failures += 1
-        asked = error.retry_after or 0.0
-        if self._failures > self._settings.retries or asked > _MAX_RETRY_AFTER:
+        retry_after = error.retry_after or 0.0
+        if self._failures > self._settings.retries or retry_after > _MAX_RETRY_AFTER:
             reason = (
-                f"{self._failures} attempts in a row" if asked <= _MAX_RETRY_AFTER else f"asks to wait {asked:.0f} s"
+                f"{self._failures} attempts in a row"
+                if retry_after <= _MAX_RETRY_AFTER
+                else f"asks to wait {retry_after:.0f} s"
             )
-            kind = OriginUnreachable if isinstance(error, Unreachable) else OriginError
-            raise kind(f"{error} ({reason})", subject=error.subject) from error
+            if isinstance(error, Unreachable):
+                text = f"{error} ({reason}). Check the address, the network and the proxy of this host"
+                raise OriginUnreachable(text, subject=error.subject) from error
+            raise OriginError(f"{error} ({reason}). Start again later", subject=error.subject) from error
         wait = _jitter(min(_MAX_WAIT, self._settings.retry_wait * 2 ** (self._failures - 1)))
-        return asked + wait if asked else wait
+        return retry_after + wait if retry_after else wait
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
