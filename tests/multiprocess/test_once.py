@@ -93,7 +93,7 @@ def test_errors_in_a_group_name_the_ranks_of_the_job(nodes: Nodes) -> None:
     (gots,) = nodes.tries(in_the_upper_half)
     for got in gots[:2]:
         assert type(got.error) is BadRequest, got
-        assert "is not in the group" in str(got.error)
+        assert "is not in the process group" in str(got.error)
     for got in gots[2:]:
         assert type(got.error) is SourceNotFound, got
         assert set(got.error.failures) == {2}
