@@ -13,16 +13,16 @@ from weightferry.report.run import DomainReport, RunReport
 
 @dataclass(frozen=True)
 class DomainResult:
-    """What the leader of one storage domain contributes to the report.
+    """The results of one storage domain, as its leader counts them.
 
     Attributes
     ----------
     report : DomainReport
-        Of the domain.
+        The part of the run report about the domain.
     sizes : tuple of int
         Bytes on disk of every file of the manifest, local files too.
     sha256 : mapping of int to str
-        By index in `Manifest.staged()`, the SHA-256 as far as it is known; an empty text where it is not.
+        SHA-256 by index in `Manifest.staged()`; missing or empty if it is unknown.
     """
 
     report: DomainReport
@@ -38,11 +38,11 @@ def build_report(
     Parameters
     ----------
     ranks, nodes
-        How many took part.
+        Number of ranks and of nodes.
     began
         When the call began on rank 0, by `time.monotonic`.
     results
-        Of all domains, at least one.
+        Results of all storage domains, at least one.
     """
     domains, sizes = [result.report for result in results], results[0].sizes
     total = {
