@@ -1,4 +1,4 @@
-"""The cache for Hub files is a Hugging Face cache: huggingface_hub reads ours, and we read its own."""
+"""The cache for Hub files is a Hugging Face cache: huggingface_hub reads it, and weightferry reads theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import disable_progress_bars
 
 import weightferry
-from tests.contract.places import contents, point_at
+from tests.contract.backends import contents, use_server
 from weightferry.errors import SourceNotFound
 from weightferry.testing.hub import HubServer
 
@@ -32,12 +32,12 @@ FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "onnx/model.onnx": 
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     disable_progress_bars()
     with HubServer() as server, monkeypatch.context() as patched:
-        point_at(server, patched)
+        use_server(server, patched)
         server.add_repo("org/model", FILES)
         server.add_repo("org/data", {"rows.csv": b"1,2"}, repo_type="dataset")
         yield server
-        # What is kept of a connection must not outlive the server.
-        point_at(server, patched)
+        # huggingface_hub keeps connections open. They must not outlive the server.
+        use_server(server, patched)
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-class TestTheirsReadsOurs:
+class TestHuggingfaceHubReadsOurCache:
     @pytest.fixture(autouse=True)
     def _staged(self, hub: HubServer, cache: Path) -> None:
         self.folder = weightferry.stage("org/model", cache_dir=cache)
         self.commit = hub.commit("org/model")
-        self.theirs = cache / "hub"
+        self.hub_cache = cache / "hub"
 
-    def test_the_folder(self) -> None:
-        assert self.folder == self.theirs / "models--org--model/snapshots" / self.commit
+    def test_stage_returns_the_snapshot(self) -> None:
+        assert self.folder == self.hub_cache / "models--org--model/snapshots" / self.commit
         assert contents(self.folder) == FILES
 
-    def test_scan_finds_nothing_to_warn_of(self) -> None:
-        info = scan_cache_dir(self.theirs)
+    def test_scan_has_no_warnings(self) -> None:
+        info = scan_cache_dir(self.hub_cache)
         assert info.warnings == []
         (repo,) = info.repos
         (revision,) = repo.revisions
@@ -71,32 +71,34 @@ class TestTheirsReadsOurs:
         revision = self.commit if revision == "commit" else revision
         hub.close()
         for path in FILES:
-            found = try_to_load_from_cache("org/model", path, cache_dir=self.theirs, revision=revision)
+            found = try_to_load_from_cache("org/model", path, cache_dir=self.hub_cache, revision=revision)
             assert found == str(self.folder / path)
-            got = hf_hub_download("org/model", path, cache_dir=self.theirs, revision=revision, local_files_only=True)
+            got = hf_hub_download("org/model", path, cache_dir=self.hub_cache, revision=revision, local_files_only=True)
             assert got == found
-        whole = snapshot_download("org/model", cache_dir=self.theirs, revision=revision, local_files_only=True)
-        assert whole == str(self.folder)
+        snapshot = snapshot_download("org/model", cache_dir=self.hub_cache, revision=revision, local_files_only=True)
+        assert snapshot == str(self.folder)
 
-    def test_it_brings_nothing_again(self, hub: HubServer) -> None:
+    def test_it_downloads_nothing_again(self, hub: HubServer) -> None:
         hub.reset()
-        assert snapshot_download("org/model", cache_dir=self.theirs, endpoint=hub.url) == str(self.folder)
+        assert snapshot_download("org/model", cache_dir=self.hub_cache, endpoint=hub.url) == str(self.folder)
         assert hub.content_bytes() == 0
 
     def test_checksums(self, hub: HubServer) -> None:
-        found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.theirs)
+        found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.hub_cache)
         assert found.checked_count == len(FILES)
         assert (found.mismatches, found.extra_paths) == ([], [])
-        assert not FILES.keys() & set(found.missing_paths), "the oldest ones miss folders too, in every cache"
+        assert not FILES.keys() & set(found.missing_paths), (
+            "the oldest versions report folders as missing, for every cache"
+        )
 
     def test_an_offline_process_with_the_cache_named_in_its_environment(self, hub: HubServer) -> None:
         hub.close()
         code = "from huggingface_hub import hf_hub_download as d; print(d('org/model', 'onnx/model.onnx'))"
-        environ = {**os.environ, "HF_HUB_CACHE": str(self.theirs), "HF_HUB_OFFLINE": "1"}
+        environ = {**os.environ, "HF_HUB_CACHE": str(self.hub_cache), "HF_HUB_OFFLINE": "1"}
         ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
         assert ran.stdout.strip() == str(self.folder / "onnx/model.onnx")
 
-    def test_a_second_call_asks_once_and_moves_nothing(self, hub: HubServer, cache: Path) -> None:
+    def test_a_second_call_sends_one_request_and_no_content(self, hub: HubServer, cache: Path) -> None:
         hub.reset()
         assert weightferry.stage("org/model", cache_dir=cache) == self.folder
         assert hub.content_bytes() == 0
@@ -106,21 +108,21 @@ class TestTheirsReadsOurs:
         hub.add_repo("org/model", FILES | {"config.json": b'{"new": 1}'})
         hub.reset()
         after = weightferry.stage("org/model", cache_dir=cache)
-        assert hub.content_bytes() == len(b'{"new": 1}'), "only what changed"
+        assert hub.content_bytes() == len(b'{"new": 1}'), "only the changed file"
         assert contents(after)["config.json"] == b'{"new": 1}'
         assert contents(self.folder) == FILES, "the old snapshot stays"
-        assert scan_cache_dir(self.theirs).warnings == []
-        found = try_to_load_from_cache("org/model", "config.json", cache_dir=self.theirs)
+        assert scan_cache_dir(self.hub_cache).warnings == []
+        found = try_to_load_from_cache("org/model", "config.json", cache_dir=self.hub_cache)
         assert found == str(after / "config.json")
 
 
-class TestTheirCommands:
+class TestHfCommands:
     @pytest.fixture(autouse=True)
     def _staged(self, hub: HubServer, cache: Path, tmp_path: Path) -> None:
         self.folder = weightferry.stage("org/model", cache_dir=cache)
         home = tmp_path / "home"
         home.mkdir()
-        (home / ".check_for_update_done").touch()  # or they ask PyPI
+        (home / ".check_for_update_done").touch()  # otherwise they send requests to PyPI
         cleared = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"), "")
         places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_CACHE": str(cache / "hub")}
         self.environ = {**os.environ, **cleared, **places}
@@ -133,11 +135,11 @@ class TestTheirCommands:
         commit = hub.commit("org/model")
         hub.close()
         del self.environ["HF_HUB_CACHE"]
-        for more, said in ([], "model/org/model"), (["--revisions"], commit):
+        for more, expected in ([], "model/org/model"), (["--revisions"], commit):
             ran = self.hf_cache("ls", "--cache-dir", str(cache / "hub"), "--quiet", *more)
-            assert (ran.returncode, ran.stdout.split()) == (0, [said]), ran.stderr
+            assert (ran.returncode, ran.stdout.split()) == (0, [expected]), ran.stderr
 
-    def test_ls_for_people(self) -> None:
+    def test_ls_as_a_table(self) -> None:
         ran = self.hf_cache("ls")
         assert ran.returncode == 0, ran.stderr
         assert "model/org/model" in ran.stdout
@@ -148,7 +150,7 @@ class TestTheirCommands:
         assert "'org/model'" in ran.stdout
 
     @pytest.mark.parametrize("path", ["config.json", "model.safetensors"])
-    def test_verify_finds_what_is_damaged(self, path: str) -> None:
+    def test_verify_finds_a_damaged_file(self, path: str) -> None:
         blob = (self.folder / path).resolve()
         blob.write_bytes(bytes(blob.stat().st_size))
         ran = self.hf_cache("verify", "org/model")
@@ -156,21 +158,21 @@ class TestTheirCommands:
         assert f"{path}: expected {blob.name} " in ran.stdout
 
 
-class TestOursReadsTheirs:
+class TestWeightferryReadsTheirCache:
     def test_a_snapshot_counts_as_cached(self, hub: HubServer, cache: Path) -> None:
         theirs = snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url)
         hub.reset()
         assert weightferry.stage("org/model", cache_dir=cache) == Path(theirs)
         assert hub.content_bytes() == 0
 
-    def test_a_single_file_too(self, hub: HubServer, cache: Path) -> None:
+    def test_a_single_file_counts_as_cached(self, hub: HubServer, cache: Path) -> None:
         hf_hub_download("org/model", "model.safetensors", cache_dir=cache / "hub", endpoint=hub.url)
         hub.reset()
         folder = weightferry.stage("org/model", cache_dir=cache)
         assert hub.content_bytes() == sum(map(len, FILES.values())) - 2 * len(WEIGHTS)
         assert contents(folder) == FILES
 
-    def test_a_torn_blob_of_theirs_is_brought_again(self, hub: HubServer, cache: Path) -> None:
+    def test_a_damaged_blob_is_downloaded_again(self, hub: HubServer, cache: Path) -> None:
         theirs = Path(snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url))
         (theirs / "config.json").resolve().write_bytes(b"{!")  # same size, wrong bytes
         (theirs / "onnx/model.onnx").resolve().write_bytes(b"onnx")
@@ -196,14 +198,14 @@ def test_datasets(hub: HubServer, cache: Path) -> None:
     assert hub.content_bytes() == 3
 
 
-def test_patterns_leave_a_part_that_can_be_completed(hub: HubServer, cache: Path) -> None:
+def test_a_snapshot_staged_with_patterns_can_be_completed(hub: HubServer, cache: Path) -> None:
     weightferry.stage("org/model", allow_patterns="*.json", cache_dir=cache)
     assert hub.content_bytes() == 2
-    whole = snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url)
-    assert contents(Path(whole)) == FILES
+    snapshot = snapshot_download("org/model", cache_dir=cache / "hub", endpoint=hub.url)
+    assert contents(Path(snapshot)) == FILES
 
 
-def test_a_failed_call_leaves_a_cache_that_is_valid(hub: HubServer, cache: Path) -> None:
+def test_a_failed_call_leaves_a_valid_cache(hub: HubServer, cache: Path) -> None:
     weightferry.stage("org/model", allow_patterns="*.json", cache_dir=cache)
     with pytest.raises(SourceNotFound, match="no revision 'nope'"):
         weightferry.stage("org/model", revision="nope", cache_dir=cache)

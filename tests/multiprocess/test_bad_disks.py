@@ -1,4 +1,4 @@
-"""What a node's disk may do wrong, on all nodes or on one: the same error on every rank, and the next call works."""
+"""Disk errors on one node or on all nodes: the same error on every rank, and the next call works."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def model(nodes: Nodes) -> Nodes:
 
 @pytest.fixture
 def little_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB, or of the size that a test gives."""
+    """A file system of 1 MB, or of the size that the test requests."""
     folder = tmp_path / "node1"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '1m')}", "weightferry-test", str(folder)]
     need(
         os.geteuid() == 0 and run(mount, capture_output=True, check=False).returncode == 0,
-        "a full disk needs a small tmpfs, and that the right to mount: run this test as root (sudo make test), in a "
+        "this test mounts a small tmpfs, which needs root: run it with sudo make test, in a "
         "container with --cap-add SYS_ADMIN",
     )
     try:
@@ -52,7 +52,7 @@ def little_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path
 def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     gots, after = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, "org/little"))
     failed_alike(gots, NoSpace, "survey", {2}, "needs 3.15 MB for 2 files", str(little_disk), "leader of ranks 2-3")
-    assert model.hub.content_bytes() == len(b"abc"), "found before the first byte came"
+    assert model.hub.content_bytes() == len(b"abc"), "found before the first byte of the big model arrived"
     assert max(got.seconds for got in gots) < 30
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
     check_cache(model.cache(0), failed=True)
@@ -60,12 +60,12 @@ def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
 
 
 def test_a_quota_shows_before_a_byte_moves(model: Nodes) -> None:
-    need(known(), "the numbers of this machine's system calls are not known here")
+    need(known(), "the system call numbers of this machine are unknown")
     quota = partial(jobs.answered, partial(jobs.stage, "org/model"), "fallocate", errno.EDQUOT, [2])
     (gots,) = model.tries(quota)
     failed_alike(gots, NoSpace, "survey", {2}, "Disk quota exceeded", "3145728 bytes are needed", "org/model")
     assert model.hub.content_bytes() == 0
-    assert check_cache(model.cache(0)) == check_cache(model.cache(2)) == [], "the space is given back on all nodes"
+    assert check_cache(model.cache(0)) == check_cache(model.cache(2)) == [], "the space is freed on all nodes"
     assert [files for _, files in values(model.tries(partial(jobs.stage, "org/model"))[0])] == [sha256s(FILES)] * 4
 
 
@@ -73,8 +73,8 @@ MANY = {"big.bin": os.urandom(3 << 20), **{f"small{number}.bin": os.urandom(50_0
 
 
 @pytest.mark.parametrize("little_disk", ["8m"], indirect=True)
-def test_a_disk_that_somebody_else_fills_up_meanwhile(nodes: Nodes, little_disk: Path) -> None:
-    """Clean on all ranks, and the next call goes on."""
+def test_a_disk_that_another_process_fills_during_the_transfer(nodes: Nodes, little_disk: Path) -> None:
+    """The same error on all ranks; the next call resumes."""
     nodes.hub.add_repo("org/many", MANY)
     nodes.hub.faults.add(Fault(kind="content", bytes_per_second=1e6, times=None))
     with nodes.start(jobs.each, partial(jobs.stage, "org/many")) as ranks:
@@ -91,7 +91,7 @@ def test_a_disk_that_somebody_else_fills_up_meanwhile(nodes: Nodes, little_disk:
     nodes.hub.faults.clear()
     (after,) = nodes.tries(partial(jobs.stage, "org/many"))
     assert [files for _, files in values(after)] == [sha256s(MANY)] * 4
-    # What was on its way into a file that could not be written came for nothing: four connections of two leaders.
+    # Bytes for a file that could not be written are lost: up to four connections of two leaders.
     assert nodes.hub.content_bytes() <= sum(map(len, MANY.values())) + 8 * 50_000
 
 
@@ -113,7 +113,7 @@ def test_a_cache_that_one_node_may_not_write(model: Nodes, node: int) -> None:
     check_cache(model.cache(2), failed=True)
 
 
-def test_a_cache_that_nobody_may_write_is_enough_when_it_is_whole(model: Nodes) -> None:
+def test_a_complete_read_only_cache_is_enough(model: Nodes) -> None:
     model.run(jobs.stage, "org/model")
     folders = [folder for rank in (0, 2) for folder, _, _ in os.walk(model.cache(rank))]
     for folder in folders:
@@ -183,7 +183,7 @@ def unreadable(place: Path, what: str) -> Path:
         (jobs.stage, "empty folder", BadRequest, "resolve", {0}, "it has no files"),
         (jobs.stage, "mode 000", CollectError, "link", ALL, "Permission denied"),
         (jobs.collect, "missing", SourceNotFound, "resolve", {0}, "no such"),
-        (jobs.collect, "dangling", SourceNotFound, "resolve", {0}, "a link that leads nowhere, to nowhere"),
+        (jobs.collect, "dangling", SourceNotFound, "resolve", {0}, "broken symbolic link to nowhere"),
         (jobs.collect, "loop", CollectError, "resolve", {0}, ""),
         (jobs.collect, "empty folder", BadRequest, "resolve", {0}, "it has no files"),
         (jobs.collect, "pipe", BadRequest, "resolve", {0}, "neither a file nor a folder"),

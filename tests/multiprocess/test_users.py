@@ -1,4 +1,4 @@
-"""Two users and one cache: what is private stays so, and what is a group's works both ways, whatever their umask."""
+"""Two users and one cache: a private cache stays private, and a group's cache works for both, whatever their umask."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FILES = {"a.json": b"{}", "w/model.bin": os.urandom(3 << 20), "w/other.bin": os.
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    """In a folder that every user may enter, which pytest's own are not."""
-    need(os.geteuid() == 0, "to be two users needs the right to become them: run this test as root")
+    """Nodes in a folder that every user may enter. Only root may enter pytest's own folders."""
+    need(os.geteuid() == 0, "this test needs the right to become another user: run it as root")
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o1777)
         hub.add_repo("org/warm", {"config.json": b"{}", "model.bin": bytes(2 << 20)})
@@ -57,7 +57,7 @@ def stage(nodes: Nodes, who: Any, source: str = "org/model") -> list[Any]:
     return nodes.tries(who(partial(jobs.stage, source)), world_size=2)[0]
 
 
-def test_what_one_user_staged_no_other_reads(nodes: Nodes) -> None:
+def test_another_user_cannot_read_a_private_cache(nodes: Nodes) -> None:
     values(stage(nodes, anne))
     root = nodes.cache(0)
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
@@ -73,19 +73,19 @@ def test_what_one_user_staged_no_other_reads(nodes: Nodes) -> None:
     failed_alike(refused, BadRequest, "agree", {0, 1}, f"belongs to user {ANNE}")
 
 
-def test_a_cache_beside_a_stranger(nodes: Nodes) -> None:
-    """The path may be entered, and its content read: it is refused all the same."""
+def test_a_readable_cache_of_another_user(nodes: Nodes) -> None:
+    """The other user may read the cache. It is refused anyway."""
     values(stage(nodes, anne))
     nodes.cache(0).chmod(0o755)
     failed_alike(stage(nodes, bert), BadRequest, "agree", {0, 1}, f"belongs to user {ANNE}")
 
 
-def test_a_group_goes_on_with_what_anybody_left(shared: Nodes) -> None:
+def test_a_group_reuses_the_files_of_every_member(shared: Nodes) -> None:
     first = values(stage(shared, anne))
     assert [files for _, files in first] == [sha256s(FILES)] * 2
     shared.hub.reset()
     assert values(stage(shared, bert)) == first
-    assert shared.hub.content_bytes("other.bin") == 0, "nothing was read again"
+    assert shared.hub.content_bytes("other.bin") == 0, "no file was downloaded again"
     values(stage(shared, bert, "org/second"))
     assert [files for _, files in values(stage(shared, anne, "org/second"))] == [
         sha256s({**FILES, "a.json": b"{2}"})
@@ -100,19 +100,19 @@ def test_a_group_goes_on_with_what_anybody_left(shared: Nodes) -> None:
             assert seen.st_mode & stat.S_IWGRP, path
 
 
-def test_a_group_goes_on_with_partial_data(shared: Nodes) -> None:
+def test_a_group_member_resumes_the_partial_data_of_another(shared: Nodes) -> None:
     shared.hub.faults.add(Fault(kind="content", path_suffix="w/model.bin", bytes_per_second=1e6, times=None))
     with shared.start(anne(partial(jobs.stage, "org/model")), world_size=2):
         while shared.hub.content_bytes("w/model.bin") < 2 << 20:
             time.sleep(0.05)
-    # Killed at the end of this context.
+    # The job is killed at the end of this context.
     shared.hub.faults.clear()
     shared.hub.reset()
     assert [files for _, files in values(stage(shared, bert))] == [sha256s(FILES)] * 2
     assert shared.hub.content_bytes("w/model.bin") <= 2 << 20
 
 
-def test_a_group_makes_room_among_what_anybody_left(shared: Nodes) -> None:
+def test_a_group_member_evicts_the_files_of_every_member(shared: Nodes) -> None:
     values(stage(shared, anne))
     values(stage(shared, bert, "org/second"))
     layout = CacheLayout(shared.cache(0))
@@ -121,7 +121,7 @@ def test_a_group_makes_room_among_what_anybody_left(shared: Nodes) -> None:
     values(stage(shared, anne))
 
 
-def test_a_pin_is_its_owners(shared: Nodes) -> None:
+def test_only_the_owner_removes_a_pin(shared: Nodes) -> None:
     values(stage(shared, anne))
 
     def command(who: int, *words: str) -> tuple[int, str, str]:
@@ -132,12 +132,12 @@ def test_a_pin_is_its_owners(shared: Nodes) -> None:
     assert command(ANNE, "pin")[0] == 0
     for path in shared.place.glob("rank0.*"):
         path.unlink()
-    code, _, said = command(BERT, "unpin")
-    assert (code, f"pinned by user {ANNE}" in said) == (1, True), said
+    code, _, stderr = command(BERT, "unpin")
+    assert (code, f"pinned by user id {ANNE}" in stderr) == (1, True), stderr
     layout = CacheLayout(shared.cache(0))
-    assert evict(layout, 0) == [], "not by root either"
+    assert evict(layout, 0) == [], "root does not evict a pinned source either"
 
 
-def test_a_group_that_is_not_there(nodes: Nodes) -> None:
+def test_an_unknown_group(nodes: Nodes) -> None:
     nodes.variables["WEIGHTFERRY_CACHE_GROUP"] = "no-such-group"
     failed_alike(stage(nodes, anne), BadRequest, "agree", {0, 1}, "no group 'no-such-group'")

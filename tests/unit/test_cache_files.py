@@ -1,4 +1,4 @@
-"""The cache: names, links, publishing, and what counts as whole."""
+"""The cache: paths, links, publishing, and which files count as complete."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def surveyed(layout: CacheLayout, manifest: Manifest) -> DomainSurvey:
 class TestLayout:
     @pytest.mark.parametrize("repo_type", ["model", "dataset", "space"])
     @pytest.mark.parametrize("repo_id", ["org/name", "gpt2", "a.b-c_d/e.f"])
-    def test_folders_are_huggingface_hubs(self, repo_type: str, repo_id: str) -> None:
+    def test_folders_are_those_of_huggingface_hub(self, repo_type: str, repo_id: str) -> None:
         layout = CacheLayout(Path("/cache"))
         here = pinned(hub_source(root=repo_id, repo_type=repo_type))
         folder = Path("/cache/hub") / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
@@ -57,7 +57,7 @@ class TestLayout:
         assert layout.snapshot(here) == folder / "snapshots" / COMMIT
         assert layout.pointer(here, FILE) == folder / "snapshots" / COMMIT / "onnx" / "m.bin"
 
-    def test_the_lock_is_huggingface_hubs(self) -> None:
+    def test_the_lock_is_that_of_huggingface_hub(self) -> None:
         # file_download.py: os.path.join(cache_dir, ".locks", repo_folder_name(...), f"{etag}.lock")
         name = repo_folder_name(repo_id="org/model", repo_type="model")
         lock = CacheLayout(Path(HF_HUB_CACHE).parent).lock(pinned(hub_source()), FILE)
@@ -75,11 +75,11 @@ class TestLayout:
         assert layout.ref(pinned(hub_source(COMMIT))) is None
         assert layout.ref(pinned(SOURCE)) is None
 
-    def test_a_revision_cannot_climb(self) -> None:
+    def test_a_revision_cannot_leave_the_cache(self) -> None:
         with pytest.raises(BadRequest):
             CacheLayout(Path("/c")).ref(pinned(hub_source("../../../etc")))
 
-    def test_other_sources_lie_beside_the_hub(self) -> None:
+    def test_other_sources_have_their_own_folder(self) -> None:
         layout, here = (
             CacheLayout(Path("/c")),
             pinned(Source("https", "https://host:8/a b/v1", query="X-Amz-Date=1&id=7")),
@@ -90,7 +90,7 @@ class TestLayout:
         assert layout.lock(here, FILE) == Path("/c/objects/.locks") / folder.name / f"{SHA}.lock"
         assert layout.sha256_note(here, FILE) == folder / "sha256" / SHA
 
-    def test_one_folder_for_one_identity(self) -> None:
+    def test_one_source_has_one_folder(self) -> None:
         layout = CacheLayout(Path("/c"))
 
         def folder(root: str, query: str = "") -> Path:
@@ -103,13 +103,13 @@ class TestLayout:
         assert folder("https://host/" + "x" * 300) != folder("https://host/" + "x" * 301)
         assert len(folder("https://host/" + "x" * 300).name) < 200
 
-    def test_local_sources_are_where_they_are(self) -> None:
+    def test_local_sources_are_used_in_place(self) -> None:
         here = pinned(Source("file", "/data/model"), commit="")
         assert here.in_place
         assert CacheLayout(Path("/c")).snapshot(here) == Path("/data/model")
         assert CacheLayout(Path("/c")).pointer(here, FILE) == Path("/data/model/onnx/m.bin")
 
-    def test_partial_names_never_meet(self) -> None:
+    def test_new_partial_paths_are_unique(self) -> None:
         layout, here = CacheLayout(Path("/c")), pinned(hub_source())
         names = {layout.new_partial(here, FILE) for _ in range(100)}
         assert len(names) == 100
@@ -117,30 +117,30 @@ class TestLayout:
         assert layout.partial_of(here, FILE) == Path("/c/partial/models--org--model") / SHA
 
 
-class TestPoint:
-    def test_new_with_parents(self, tmp_path: Path) -> None:
+class TestReplaceSymlink:
+    def test_parents_are_made(self, tmp_path: Path) -> None:
         replace_symlink(tmp_path / "a/b/link", "target")
         assert os.readlink(tmp_path / "a/b/link") == "target"
 
-    @pytest.mark.parametrize("there", ["file", "link", "dangling", "link to a folder"])
-    def test_in_place_of_what_is_there(self, tmp_path: Path, there: str) -> None:
+    @pytest.mark.parametrize("existing", ["file", "link", "dangling", "link to a folder"])
+    def test_an_existing_file_or_link_is_replaced(self, tmp_path: Path, existing: str) -> None:
         link = tmp_path / "link"
-        if there == "file":
+        if existing == "file":
             link.write_text("old")
         else:
-            link.symlink_to({"link": __file__, "dangling": "nowhere", "link to a folder": str(tmp_path)}[there])
+            link.symlink_to({"link": __file__, "dangling": "nowhere", "link to a folder": str(tmp_path)}[existing])
         replace_symlink(link, "target")
         assert os.readlink(link) == "target"
         assert list(tmp_path.iterdir()) == [link]
 
-    def test_nothing_happens_when_it_is_right(self, tmp_path: Path) -> None:
+    def test_a_right_link_is_not_touched(self, tmp_path: Path) -> None:
         replace_symlink(tmp_path / "link", "target")
         before = (tmp_path / "link").lstat()
         replace_symlink(tmp_path / "link", Path("target"))
         after = (tmp_path / "link").lstat()
         assert (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns)
 
-    def test_a_folder_is_not_ours_to_remove(self, tmp_path: Path) -> None:
+    def test_a_folder_is_not_removed(self, tmp_path: Path) -> None:
         (tmp_path / "link").mkdir()
         with pytest.raises(BadRequest, match="folder is in the way"):
             replace_symlink(tmp_path / "link", "target")
@@ -148,11 +148,11 @@ class TestPoint:
         assert len(list(tmp_path.iterdir())) == 1
 
     def test_long_names(self, tmp_path: Path) -> None:
-        name = "日" * 85  # 255 bytes, the most a name may have
+        name = "日" * 85  # 255 bytes, the limit of a file name
         replace_symlink(tmp_path / name, "target")
         assert (tmp_path / name).is_symlink()
 
-    def test_it_is_never_missing_while_many_make_it(self, tmp_path: Path) -> None:
+    def test_the_link_always_exists_while_threads_replace_it(self, tmp_path: Path) -> None:
         targets = [tmp_path / f"t{number}" for number in range(4)]
         for target in targets:
             target.write_text("content")
@@ -182,7 +182,7 @@ class TestPoint:
         assert {path.name for path in tmp_path.iterdir()} == {"link", "t0", "t1", "t2", "t3"}
 
 
-class TestWriteWhole:
+class TestWriteAtomically:
     def test_new_with_parents_and_again(self, tmp_path: Path) -> None:
         path = tmp_path / "refs/refs/pr/1"
         write_atomically(path, "one")
@@ -193,12 +193,12 @@ class TestWriteWhole:
         assert path.read_text() == "two"
         assert list(path.parent.iterdir()) == [path]
 
-    def test_in_place_of_garbage(self, tmp_path: Path) -> None:
+    def test_invalid_content_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "ref").write_bytes(b"\xff\xfe\x00")
         write_atomically(tmp_path / "ref", "main")
         assert (tmp_path / "ref").read_text() == "main"
 
-    def test_a_failed_write_leaves_the_old_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failed_write_keeps_the_old_content(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_atomically(tmp_path / "ref", "old")
 
         def full(path: Path, _: bytes) -> None:
@@ -222,7 +222,7 @@ class TestPublishAndSurvey:
         assert not partial.exists()
         return here, file
 
-    def test_published_is_whole(self, layout: CacheLayout) -> None:
+    def test_a_published_file_is_complete(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}))
         assert surveyed(layout, manifest).complete == {}
         self.put(layout, manifest, b"abc")
@@ -230,12 +230,12 @@ class TestPublishAndSurvey:
 
     @pytest.mark.parametrize("publishes", ["sha256", "git-sha1", None])
     @pytest.mark.parametrize("torn", [b"", b"ab", b"abcd"])
-    def test_a_wrong_size_is_not_whole(self, layout: CacheLayout, publishes, torn: bytes) -> None:
+    def test_a_file_of_wrong_size_is_not_complete(self, layout: CacheLayout, publishes, torn: bytes) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=publishes))
         self.put(layout, manifest, torn)
         assert surveyed(layout, manifest).complete == {}
 
-    def test_wrong_bytes_of_a_git_blob_are_not_whole(self, layout: CacheLayout) -> None:
+    def test_a_git_blob_with_wrong_bytes_is_not_complete(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes="git-sha1"))
         here, file = self.put(layout, manifest, b"abX")
         assert is_complete(layout, here, file), "the size is right"
@@ -245,46 +245,48 @@ class TestPublishAndSurvey:
         assert surveyed(layout, manifest).complete == {0: hashlib.sha256(b"abc").hexdigest()}
 
     @pytest.mark.parametrize("kind", ["folder", "dangling link", "fifo"])
-    def test_a_name_proves_nothing(self, layout: CacheLayout, kind: str) -> None:
+    def test_only_a_regular_file_is_complete(self, layout: CacheLayout, kind: str) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b""}))
         blob = layout.blob(*next(manifest.staged()))
         blob.parent.mkdir(parents=True)
         {"folder": blob.mkdir, "dangling link": lambda: blob.symlink_to("no"), "fifo": lambda: os.mkfifo(blob)}[kind]()
         assert surveyed(layout, manifest).complete == {}
 
-    def test_the_digest_is_noted_where_the_origin_has_none(self, layout: CacheLayout) -> None:
+    def test_the_digest_is_recorded_when_the_origin_publishes_none(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"m.bin": b"abc"}, publishes=None))
         here, file = self.put(layout, manifest, b"abc")
         assert surveyed(layout, manifest).complete == {0: hashlib.sha256(b"abc").hexdigest()}
         layout.sha256_note(here, file).unlink()
-        assert surveyed(layout, manifest).complete == {0: ""}, "whole, its digest unknown"
+        assert surveyed(layout, manifest).complete == {0: ""}, "complete, with unknown digest"
 
-    def test_show(self, layout: CacheLayout) -> None:
+    def test_link_snapshot(self, layout: CacheLayout) -> None:
         manifest = manifest_of(FakeOrigin({"a/b/m.bin": b"abc"}), hub_source())
         here, file = self.put(layout, manifest, b"abc")
         link_snapshot(layout, here)
         link_snapshot(layout, here)
         pointer = layout.pointer(here, file)
         assert pointer.read_bytes() == b"abc"
-        assert os.readlink(pointer) == f"../../../../blobs/{file.key}", "relative: the cache may be moved or mounted"
+        assert os.readlink(pointer) == f"../../../../blobs/{file.key}", (
+            "relative: the cache may be moved or mounted elsewhere"
+        )
         assert (layout.repo(here) / "refs/main").read_text() == here.commit
 
-    def test_sweep(self, layout: CacheLayout) -> None:
+    def test_remove_expired(self, layout: CacheLayout) -> None:
         here = pin(FakeOrigin({"m.bin": b"abc", "n.bin": b"x"}))
-        old, new, theirs = (layout.new_partial(here, here.files[number]) for number in (0, 0, 1))
+        old, new, other = (layout.new_partial(here, here.files[number]) for number in (0, 0, 1))
         old.parent.mkdir(parents=True)
-        for path in (old, new, theirs):
+        for path in (old, new, other):
             path.write_bytes(b"part")
-        for path in (old, theirs):
+        for path in (old, other):
             os.utime(path, (time.time() - 100, time.time() - 100))
         remove_expired(layout, (), 50, LockSupport())
         assert not old.exists()
         assert new.exists()
-        assert not theirs.exists(), "nobody may ever want that file again"
+        assert not other.exists(), "no later job may need that file"
 
 
 def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
-    """Equal size and a right name prove nothing."""
+    """The right size and name do not prove the content."""
     content = b"right" * 300_000
     checksum = Checksum("sha256", hashlib.sha256(content).hexdigest())
     here = PinnedSource(hub_source(), "0" * 40, (File("w.bin", len(content), checksum),))
@@ -298,15 +300,13 @@ def test_a_big_file_is_hashed_again_when_it_changed(tmp_path: Path) -> None:
     layout.blob(here, file).write_bytes(b"wrong" * 300_000)
     assert known_sha256(layout, here, file) is None
     assert surveyed(layout, Manifest((here,))).complete == {}
-    # What another program brought here is hashed once, and then believed while it does not change.
+    # A file that another program wrote is hashed once, then trusted while it does not change.
     layout.blob(here, file).write_bytes(content)
     assert known_sha256(layout, here, file) == checksum.hexdigest
     assert is_verified(layout, here, file)
 
 
-def test_after_a_crash_of_the_machine_a_note_means_nothing(
-    layout: CacheLayout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_of_the_machine_invalidates_notes(layout: CacheLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     here, file = next(manifest_of(FakeOrigin({"m.bin": b"abc"})).staged())
     blob = layout.blob(here, file)
     blob.parent.mkdir(parents=True)
@@ -318,6 +318,6 @@ def test_after_a_crash_of_the_machine_a_note_means_nothing(
 
 
 @pytest.mark.parametrize(("path", "owned"), [("hub/x", True), ("objects", True), ("partial/y", True), ("links", False)])
-def test_what_the_cache_owns(tmp_path: Path, path: str, owned: bool) -> None:
+def test_folders_that_the_cache_owns(tmp_path: Path, path: str, owned: bool) -> None:
     assert CacheLayout(tmp_path / "cache").owns(tmp_path / "cache" / path) is owned
     assert not CacheLayout(tmp_path / "cache").owns(tmp_path / path)

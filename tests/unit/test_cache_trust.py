@@ -1,4 +1,4 @@
-"""Cache folders that somebody else may have planted are refused; those that an administrator made are not."""
+"""A cache folder that another user may have prepared is refused; one that root or a group of the user made is not."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ OTHER = 4242
 
 
 def as_user(work: Callable[[], object], *, groups: tuple[int, ...] = ()) -> str:
-    """Run something as the user nobody, in a fork; what it raises, as text."""
-    need(os.geteuid() == 0, "to be two users needs the right to become them: run this test as root")
+    """Call `work` as the user nobody, in a fork. Return its exception as text."""
+    need(os.geteuid() == 0, "this test needs the right to become another user: run it as root")
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
-        said = ""
+        text = ""
         try:
             os.setgroups(groups)
             os.setgid(NOBODY.pw_gid)
             os.setuid(NOBODY.pw_uid)
             work()
-        except BaseException as error:  # noqa: BLE001 -- told
-            said = f"{type(error).__name__}: {error}"
-        os.write(into, said.encode())
+        except BaseException as error:  # noqa: BLE001 -- returned as text
+            text = f"{type(error).__name__}: {error}"
+        os.write(into, text.encode())
         os._exit(0)
     os.close(into)
     os.waitpid(child, 0)
-    with os.fdopen(out) as said_there:
-        return said_there.read()
+    with os.fdopen(out) as result:
+        return result.read()
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that every user may enter, which pytest's own are not."""
+    """A folder that every user may enter. Only root may enter pytest's own folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -60,13 +60,13 @@ def check(root: Path, *, groups: tuple[int, ...] = ()) -> str:
     return as_user(lambda: prepare_cache_folder(CacheLayout(root)), groups=groups)
 
 
-def test_a_new_cache_is_its_users_alone(tmp_path: Path) -> None:
+def test_a_new_cache_is_private(tmp_path: Path) -> None:
     prepare_cache_folder(CacheLayout(tmp_path / "a/cache"))
     assert (tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
     prepare_cache_folder(CacheLayout(tmp_path / "a/cache"))
 
 
-def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
+def test_a_folder_that_every_user_may_write_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(BadRequest, match="every user may write"):
         prepare_cache_folder(CacheLayout(tmp_path))
@@ -74,8 +74,8 @@ def test_a_folder_that_anybody_may_write_to(tmp_path: Path) -> None:
     prepare_cache_folder(CacheLayout(tmp_path))
 
 
-def test_a_stranger_below_a_folder_that_anybody_may_write_to(place: Path) -> None:
-    """Notes there would be believed."""
+def test_another_users_folder_in_a_cache_that_every_user_may_write_to(place: Path) -> None:
+    """Otherwise weightferry would trust the notes of another user."""
     root = place / "cache"
     (root / "verified").mkdir(parents=True)
     root.chmod(0o1777)
@@ -85,7 +85,7 @@ def test_a_stranger_below_a_folder_that_anybody_may_write_to(place: Path) -> Non
     assert check(root) == ""
 
 
-def test_what_is_made_follows_the_folder_and_not_the_umask(tmp_path: Path) -> None:
+def test_new_files_follow_the_folder_and_not_the_umask(tmp_path: Path) -> None:
     for mode, folder, file in ((0o700, 0o700, 0o600), (0o2770, 0o2770, 0o660), (0o755, 0o755, 0o644)):
         root = tmp_path / f"{mode:o}"
         root.mkdir()
@@ -100,13 +100,13 @@ def test_what_is_made_follows_the_folder_and_not_the_umask(tmp_path: Path) -> No
         assert seen == [folder, folder, file]
 
 
-def test_a_foreign_folder(place: Path) -> None:
+def test_a_folder_of_another_user(place: Path) -> None:
     root = place / "cache"
     root.mkdir()
     os.chown(root, OTHER, OTHER)
     assert f"belongs to user {OTHER}" in check(root)
     os.chown(root, 0, 0)
-    assert check(root) == "", "what root made is meant for all"
+    assert check(root) == "", "a cache that root made is for every user"
     os.chown(root, NOBODY.pw_uid, OTHER)
     assert check(root) == ""
 
@@ -120,7 +120,7 @@ def test_a_folder_of_a_group(place: Path) -> None:
     assert check(root, groups=(OTHER,)) == ""
 
 
-def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
+def test_a_link_in_a_folder_that_every_user_may_write_to(place: Path) -> None:
     (place / "elsewhere").mkdir()
     os.chown(place / "elsewhere", NOBODY.pw_uid, NOBODY.pw_gid)
     common = place / "common"
@@ -135,8 +135,8 @@ def test_a_link_in_a_folder_that_anybody_may_write_to(place: Path) -> None:
     assert check(link) == ""
 
 
-def test_private_stays_private(place: Path) -> None:
-    """What root staged for itself, nobody else reads."""
+def test_a_private_cache_stays_private(place: Path) -> None:
+    """Another user cannot read what root staged for itself."""
     root = place / "cache"
     prepare_cache_folder(CacheLayout(root))
     (root / "blob").write_bytes(b"secret")
@@ -144,11 +144,11 @@ def test_private_stays_private(place: Path) -> None:
 
 
 class TestLinks:
-    """What a colleague, or the user whose cache root looks after, puts in the way leads nowhere."""
+    """A symbolic link that another user places in a cache is never followed."""
 
     @pytest.fixture
     def home(self, tmp_path: Path) -> Path:
-        """What must stay as it is."""
+        """Files that must not change."""
         (tmp_path / "home").mkdir()
         (tmp_path / "home/thesis").write_bytes(b"years")
         (tmp_path / "home/.notes").write_bytes(b"more")
@@ -163,14 +163,14 @@ class TestLinks:
             (tmp_path / "cache" / name).mkdir(parents=True)
         return CacheLayout(tmp_path / "cache")
 
-    def test_nothing_is_swept_or_evicted_through_one(self, layout: CacheLayout, home: Path) -> None:
+    def test_no_file_is_removed_through_a_link(self, layout: CacheLayout, home: Path) -> None:
         for name in ("partial/x", "verified/x", "hub/models--o--bait/snapshots", "hub/models--o--bait/blobs", "hub/x"):
             (layout.root / name).symlink_to(home)
         remove_expired(layout, (), 0, LockSupport(), ["x"])
         evict(layout, -1)
         assert sorted(path.name for path in home.iterdir()) == [".notes", "folder", "thesis"]
 
-    def test_nothing_is_made_through_one(self, layout: CacheLayout, home: Path) -> None:
+    def test_no_file_is_made_through_a_link(self, layout: CacheLayout, home: Path) -> None:
         (layout.root / "probe.lock").symlink_to(home / "evil")
         (layout.root / "used/models--o--bait.lock").symlink_to(home / "evil")
         evict(layout, -1)
@@ -179,14 +179,14 @@ class TestLinks:
             touch(layout.probe_lock)
         assert not (home / "evil").exists()
 
-    def test_partial_data_is_not_written_into_one(self, layout: CacheLayout, home: Path) -> None:
+    def test_partial_data_is_not_written_through_a_link(self, layout: CacheLayout, home: Path) -> None:
         (layout.partial / "m").mkdir()
         (layout.partial / "m/key").symlink_to(home / "thesis")
         PartialFile(layout.partial / "m/key", 3, "key").write(0, b"abc")
         assert (home / "thesis").read_bytes() == b"years"
         assert (layout.partial / "m/key").read_bytes() == b"abc"
 
-    def test_a_folder_of_the_cache_that_a_stranger_linked(self, place: Path) -> None:
+    def test_a_cache_folder_that_another_user_linked(self, place: Path) -> None:
         root = place / "cache"
         root.mkdir()
         os.chown(root, NOBODY.pw_uid, NOBODY.pw_gid)

@@ -1,4 +1,4 @@
-"""The lock saves bandwidth and never stands in the way."""
+"""Locks of file content: they save bandwidth and never block a job."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def path(tmp_path: Path) -> Path:
 
 def failing(number: int) -> Callable[..., None]:
     def fails(*_: object, **__: object) -> None:
-        raise OSError(number, "as some file systems do")
+        raise OSError(number, "as on some file systems")
 
     return fails
 
 
-def test_it_is_held_and_let_go(path: Path, monitor: FakeMonitor) -> None:
+def test_a_lock_is_acquired_and_released(path: Path, monitor: FakeMonitor) -> None:
     for _ in range(2):
         with content_lock(path, 1, monitor.check) as held:
             assert held
-    assert path.exists(), "removing it would split those who wait for it"
+    assert path.exists(), "a removed lock file would let two processes hold the lock"
 
 
 def test_threads_exclude_each_other(path: Path, monitor: FakeMonitor) -> None:
@@ -101,19 +101,19 @@ def test_another_process_excludes(path: Path, monitor: FakeMonitor, caplog: pyte
             assert not held
         assert "continuing without the lock" in caplog.text
         assert f"process {holder.pid} on {socket.gethostname()} (job 815) still holds it" in caplog.text
-        holder.kill()  # a lock must not outlive its holder
+        holder.kill()  # the kernel releases the lock of a killed process
         holder.wait()
         with content_lock(path, 10, monitor.check) as held:
             assert held
 
 
-def test_it_is_the_lock_of_huggingface_hub(path: Path, monitor: FakeMonitor) -> None:
+def test_the_lock_is_that_of_huggingface_hub(path: Path, monitor: FakeMonitor) -> None:
     path.parent.mkdir(parents=True)
     with WeakFileLock(path), content_lock(path, 0.1, monitor.check) as held:
         assert not held
 
 
-def test_the_wait_ends_with_the_operation(path: Path, monitor: FakeMonitor) -> None:
+def test_a_cancelled_operation_ends_the_wait(path: Path, monitor: FakeMonitor) -> None:
     monitor.over = True
     began = time.monotonic()
     with content_lock(path, 60, lambda: None), pytest.raises(Over), content_lock(path, 60, monitor.check):
@@ -131,13 +131,13 @@ def test_file_systems_without_locks(
             assert not held
     assert caplog.text.count("continuing without the lock") == 2
     monkeypatch.undo()
-    # A soft lock in its place would be a file that a killed job leaves behind, and everybody after it waits.
+    # A soft lock instead would be a file that a killed job leaves, and every later job would wait for it.
     with content_lock(path, 1, monitor.check) as held:
         assert held
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
-def test_somebody_elses_cache(
+def test_a_cache_of_another_user(
     path: Path, monitor: FakeMonitor, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", failing(number))
@@ -146,7 +146,7 @@ def test_somebody_elses_cache(
     assert "continuing without the lock" in caplog.text
 
 
-def test_what_others_hold_is_not_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
+def test_try_acquire_does_not_wait(tmp_path: Path, monitor: FakeMonitor) -> None:
     first, second = FileLocks(LockTimeouts(60), monitor.check), FileLocks(LockTimeouts(60), monitor.check)
     a, b = tmp_path / "a.lock", tmp_path / "b.lock"
     assert first.try_acquire({a}) == set()
@@ -158,8 +158,8 @@ def test_what_others_hold_is_not_waited_for(tmp_path: Path, monitor: FakeMonitor
     assert not second.is_held(a)
 
 
-def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job on two machines saw it; one on one machine, or who evicts, cannot."""
+def test_a_note_tells_every_job_that_flock_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job on two machines detects it. A job on one machine and an eviction cannot, so they read the note."""
     monkeypatch.setattr("weightferry.cache.lock_support.is_local", lambda _: False)
     layout = CacheLayout(tmp_path)
     assert detect_lock_support(layout).flock_works
@@ -167,23 +167,25 @@ def test_a_mark_says_for_all_that_flock_means_nothing(tmp_path: Path, monkeypatc
     assert str(detect_lock_support(layout)) == "files (flock succeeds on two machines at once)"
 
 
-class TestHolder:
-    def test_a_living_process_is_not_dead(self) -> None:
+class TestLockHolder:
+    def test_a_running_process_is_not_dead(self) -> None:
         assert not LockHolder.this_process().is_dead
-        assert not replace(LockHolder.this_process(), machine="another", pid=1 << 22).is_dead, "nothing is proven of it"
+        assert not replace(LockHolder.this_process(), machine="another", pid=1 << 22).is_dead, (
+            "there is no proof for a process of another machine"
+        )
 
-    def test_one_that_ended_or_whose_number_another_one_has(self) -> None:
+    def test_a_process_that_ended_or_whose_pid_was_reused(self) -> None:
         with subprocess.Popen(["true"]) as ended:
             pass
         assert replace(LockHolder.this_process(), pid=ended.pid).is_dead
         assert replace(LockHolder.this_process(), started="1").is_dead
 
-    def test_one_that_is_hidden_from_this_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_process_that_this_user_cannot_see(self, monkeypatch: pytest.MonkeyPatch) -> None:
         holder = LockHolder.this_process()
         monkeypatch.setattr("weightferry.cache.lock_holder._start_time", lambda _: "")
         assert not holder.is_dead
 
-    def test_a_note_is_read_as_it_was_written(self, tmp_path: Path) -> None:
+    def test_a_note_is_read_back(self, tmp_path: Path) -> None:
         holder = replace(LockHolder.this_process(), claims=("held-1", "intent-1"))
         (tmp_path / "note").write_text(holder.json_text)
         assert LockHolder.read(tmp_path / "note") == holder
@@ -192,9 +194,9 @@ class TestHolder:
             assert LockHolder.read(tmp_path / "note") is None
 
 
-def test_only_the_claims_of_the_dead_are_broken(path: Path, monitor: FakeMonitor) -> None:
-    """The note that a process left which died may lie beside the claim of another one that lives."""
-    soft = LockSupport("as if", holder_notes=True)
+def test_only_claims_of_dead_processes_are_removed(path: Path, monitor: FakeMonitor) -> None:
+    """The note of a dead process may lie beside the claim of a running process."""
+    soft = LockSupport("flock does not work", holder_notes=True)
     first, second = FileLocks(LockTimeouts(0.3), monitor.check, soft), FileLocks(LockTimeouts(0.3), monitor.check, soft)
     first.acquire({path})
     dead = replace(LockHolder.this_process(), started="1", claims=("held-v1-0.claim",))
@@ -204,19 +206,19 @@ def test_only_the_claims_of_the_dead_are_broken(path: Path, monitor: FakeMonitor
     first.release()
 
 
-def test_one_limit_for_all_that_is_waited_for(tmp_path: Path, monitor: FakeMonitor) -> None:
+def test_one_timeout_for_all_locks(tmp_path: Path, monitor: FakeMonitor) -> None:
     first, second = FileLocks(LockTimeouts(9), monitor.check), FileLocks(LockTimeouts(0.5), monitor.check)
     paths = {tmp_path / f"{number}.lock" for number in range(10)}
     first.acquire(paths)
     began = time.monotonic()
     second.acquire(paths)
     assert not any(second.is_held(path) for path in paths)
-    assert time.monotonic() - began < 10 * 0.5 + 2, "each is looked at once more"
+    assert time.monotonic() - began < 10 * 0.5 + 2, "each lock is tried once more after the timeout"
     first.release()
 
 
-def test_errors_of_the_work_are_not_taken_for_errors_of_the_lock(path: Path, monitor: FakeMonitor) -> None:
+def test_an_error_in_the_block_is_not_an_error_of_the_lock(path: Path, monitor: FakeMonitor) -> None:
     with pytest.raises(OSError, match="disk full"), content_lock(path, 1, monitor.check):
         raise OSError(errno.ENOSPC, "disk full")
     with content_lock(path, 1, monitor.check) as held:
-        assert held, "it was let go"
+        assert held, "the error released the lock"

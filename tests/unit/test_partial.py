@@ -1,4 +1,4 @@
-"""Partial data: what is there survives its writer, and what the journal claims wrongly costs just that."""
+"""Partial data survives its writer. A wrong line in the journal costs only the range that it names."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def write(path: Path, *ranges: tuple[int, int]) -> None:
 
 class TestExtents:
     @pytest.mark.parametrize("seed", range(20))
-    def test_they_are_a_set_of_bytes(self, seed: int) -> None:
+    def test_extents_are_a_set_of_bytes(self, seed: int) -> None:
         rng = random.Random(seed)
-        extents, there = Extents(), set[int]()
+        extents, present = Extents(), set[int]()
         for _ in range(30):
             start = rng.randrange(100)
             stop = start + rng.randrange(15)
             extents.add(start, stop)
-            there |= set(range(start, stop))
-            assert {byte for a, b in extents for byte in range(a, b)} == there
-            assert extents.total == len(there)
+            present |= set(range(start, stop))
+            assert {byte for a, b in extents for byte in range(a, b)} == present
+            assert extents.total == len(present)
             begin, end = sorted(rng.sample(range(120), 2))
             gone = {byte for a, b in extents.missing(begin, end) for byte in range(a, b)}
-            assert gone == set(range(begin, end)) - there
+            assert gone == set(range(begin, end)) - present
             assert extents.cover(begin, end) == (not gone)
             assert extents.within(begin, end) == end - begin - len(gone)
         ranges = list(extents)
         assert all(before[1] < after[0] for before, after in itertools.pairwise(ranges)), "joined, in order"
 
-    def test_nothing(self) -> None:
+    def test_empty_ranges(self) -> None:
         assert Extents().cover(3, 3)
         assert Extents().missing(2, 4) == [(2, 4)]
         assert Extents([(2, 2)]) == Extents()
 
 
-def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
+def test_recorded_ranges_are_found_again(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "key"
     write(path, (0, 1000), (3000, 4000))
     runs = verified_ranges(path, SIZE, "key")
@@ -69,12 +69,12 @@ def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
     assert path.stat().st_size == SIZE
 
 
-def test_what_was_not_noted_is_not(tmp_path: Path) -> None:
+def test_written_data_that_is_not_recorded_is_not_found(tmp_path: Path) -> None:
     PartialFile(tmp_path / "key", SIZE, "key").write(0, CONTENT)
     assert verified_ranges(tmp_path / "key", SIZE, "key") == []
 
 
-def test_it_survives_a_killed_writer(tmp_path: Path) -> None:
+def test_data_survives_a_killed_writer(tmp_path: Path) -> None:
     path = tmp_path / "key"
     code = (
         "import os, pathlib, signal, sys, zlib\n"
@@ -90,7 +90,7 @@ def test_it_survives_a_killed_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flipped", [0, 999, 3000])
-def test_a_damaged_run_costs_that_run(tmp_path: Path, flipped: int) -> None:
+def test_a_damaged_range_costs_only_that_range(tmp_path: Path, flipped: int) -> None:
     path = tmp_path / "key"
     write(path, (0, 1000), (3000, 4000))
     with path.open("r+b") as file:
@@ -100,14 +100,14 @@ def test_a_damaged_run_costs_that_run(tmp_path: Path, flipped: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "line",
     ["", "nonsense", "0 1000", "-5 10 00000000", "10 5 00000000", "4000 6000 00000000", "0 x 0", "\0\xff", "1 2 3 4"],
 )
-def test_a_lying_journal_costs_what_it_lies_about(tmp_path: Path, lie: str) -> None:
+def test_a_wrong_journal_line_costs_only_its_range(tmp_path: Path, line: str) -> None:
     path = tmp_path / "key"
     write(path, (0, 1000))
     with journal_path(path).open("a") as journal:
-        journal.write(lie)  # torn: no end of line
+        journal.write(line)  # incomplete: no newline
     assert verified_ranges(path, SIZE, "key") == [written(0, 1000)]
     again = PartialFile(path, SIZE, "key", verified_ranges(path, SIZE, "key"))
     again.write(1000, CONTENT[1000:2000])
@@ -127,12 +127,12 @@ def test_data_that_is_shorter_than_its_journal_says(tmp_path: Path) -> None:
     assert verified_ranges(tmp_path / "key", SIZE, "key") == [written(0, 1000)]
 
 
-def test_the_space_is_taken_before_the_first_byte(tmp_path: Path) -> None:
+def test_space_is_reserved_before_the_first_byte(tmp_path: Path) -> None:
     PartialFile(tmp_path / "key", 1 << 20, "key")
     assert (tmp_path / "key").stat().st_blocks * 512 >= 1 << 20
 
 
-def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_needed_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
