@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class Place:
 
     def shown(self, text: str) -> str:
         """Return an output as a page would show it."""
-        return text.replace(str(self.root / "here") + "/", "./").replace(str(self.root), "")
+        text = text.replace(str(self.root / "here") + "/", "./").replace(str(self.root), "")
+        return text.replace(self.hub.url, "https://huggingface.co").replace(socket.gethostname(), "w1")
 
     def python(self, sources: list[tuple[str, str]]) -> list[str]:
         """Run blocks, each with its name, in one namespace on two ranks; what each prints on rank 0."""
