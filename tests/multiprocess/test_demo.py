@@ -38,7 +38,7 @@ def test_the_demo(nodes: Nodes) -> None:
     told = [re.findall(r"^rank \d: (file sha256 .*)$", run, re.MULTILINE) for run in (first, second)]
     assert [len(lines) for lines in told] == [4, 4]
     assert len({line for lines in told for line in lines}) == 1
-    assert done.out.count("all 4 ranks: the same file, the same numbers") == 2
+    assert done.out.count("all 4 ranks have the same file and the same output") == 2
     assert sorted(path.name for path in place.iterdir()) == ["node0", "node1"]
     assert not list(nodes.place.glob("weightferry-*"))  # nothing is left in the temporary folder
 

@@ -1,4 +1,4 @@
-"""The Hub for tests, seen through the real client."""
+"""`HubServer`, tested with the real client, huggingface_hub."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def hub() -> Iterator[HubServer]:
 @pytest.fixture
 def download(hub: HubServer, tmp_path: Path) -> Download:
     def run(path: str, repo_id: str = "org/model", token: str | bool = False, **options: Any) -> bytes:
-        kept = hf_hub_download(repo_id, path, endpoint=hub.url, cache_dir=tmp_path / "cache", token=token, **options)
-        return Path(kept).read_bytes()
+        path_in_cache = hf_hub_download(
+            repo_id, path, endpoint=hub.url, cache_dir=tmp_path / "cache", token=token, **options
+        )
+        return Path(path_in_cache).read_bytes()
 
     return run
 
@@ -65,7 +67,7 @@ def api(hub: HubServer, token: str | bool = False) -> HfApi:
 
 
 class TestDownload:
-    def test_small_file_is_behind_a_redirect_on_the_same_host(self, hub: HubServer, download: Download) -> None:
+    def test_a_git_file_is_redirected_on_the_same_host(self, hub: HubServer, download: Download) -> None:
         assert download("config.json") == CONFIG
         assert [(r.side, r.method, r.kind, r.status) for r in hub.requests] == [
             ("hub", "HEAD", "metadata", 307),
@@ -73,7 +75,7 @@ class TestDownload:
             ("hub", "GET", "content", 200),
         ]
 
-    def test_lfs_file_is_at_the_cdn(self, hub: HubServer, download: Download) -> None:
+    def test_an_lfs_file_is_redirected_to_the_cdn(self, hub: HubServer, download: Download) -> None:
         assert download("model.safetensors") == WEIGHTS
         assert [(r.side, r.method, r.kind, r.status) for r in hub.requests] == [
             ("hub", "HEAD", "metadata", 302),
@@ -120,12 +122,14 @@ class TestDownload:
         hub.add_repo("org/empty", {"empty.txt": b"", "empty.bin": b""})
         assert download("empty.txt", "org/empty") == download("empty.bin", "org/empty") == b""
 
-    def test_text_goes_out_compressed_if_asked_for(self, tmp_path: Path) -> None:
+    def test_text_is_compressed_with_the_option(self, tmp_path: Path) -> None:
         text = b'{"vocabulary": "' + b"a" * 9000 + b'"}'
         with HubServer(options=HubOptions(compress_text=True)) as hub:
             hub.add_repo("org/model", {"vocab.json": text})
-            kept = hf_hub_download("org/model", "vocab.json", endpoint=hub.url, cache_dir=tmp_path, token=False)
-            assert Path(kept).read_bytes() == text
+            path_in_cache = hf_hub_download(
+                "org/model", "vocab.json", endpoint=hub.url, cache_dir=tmp_path, token=False
+            )
+            assert Path(path_in_cache).read_bytes() == text
             assert 0 < hub.content_bytes() < 1000
 
     def test_snapshot(self, hub: HubServer, tmp_path: Path) -> None:
@@ -134,11 +138,11 @@ class TestDownload:
                 "org/model", endpoint=hub.url, cache_dir=tmp_path, token=False, allow_patterns=["*.json", "onnx/*"]
             )
         )
-        there = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        assert there == {path: data for path, data in FILES.items() if path != "model.safetensors"}
+        downloaded = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert downloaded == {path: data for path, data in FILES.items() if path != "model.safetensors"}
         assert hub.content_bytes("model.safetensors") == 0
 
-    def test_the_cache_is_in_order_afterwards(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_the_cache_is_valid_after_a_download(self, hub: HubServer, tmp_path: Path) -> None:
         snapshot_download("org/model", endpoint=hub.url, cache_dir=tmp_path, token=False)
         found = scan_cache_dir(tmp_path)
         assert not found.warnings
@@ -200,7 +204,7 @@ class TestApi:
         with pytest.raises(EntryNotFoundError):
             list(api(hub).list_repo_tree("org/deep", "a/x"))
 
-    def test_paths_info_leaves_out_what_is_not_there(self, hub: HubServer) -> None:
+    def test_paths_info_leaves_out_missing_paths(self, hub: HubServer) -> None:
         found = api(hub).get_paths_info("org/model", ["onnx", "missing", "config.json"])
         assert [(type(f).__name__, f.path) for f in found] == [("RepoFolder", "onnx"), ("RepoFile", "config.json")]
 
@@ -225,7 +229,7 @@ class TestApi:
         assert api(hub, "hf_any").whoami()["type"] == "user"
 
     @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-    def test_ids_are_those_of_git(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_ids_equal_those_of_git(self, hub: HubServer, tmp_path: Path) -> None:
         # Git sorts the folder "a" behind "a-b" and "a.txt".
         files = {"a.txt": b"1", "a/b.txt": b"2", "a-b": b"3", "a/c/d": b"", "grüße": b"4"}
         for path, data in files.items():
@@ -256,7 +260,7 @@ class TestRevisions:
             assert download("config.json", revision=revision) == b"dev"
         assert download("config.json") == CONFIG
 
-    def test_a_moved_branch_leaves_its_old_commit_readable(self, hub: HubServer, download: Download) -> None:
+    def test_the_old_commit_of_a_changed_branch_stays_readable(self, hub: HubServer, download: Download) -> None:
         old = hub.commit("org/model")
         hub.add_tag("org/model", "v1")
         hub.add_repo("org/model", {"config.json": b"new"})
@@ -270,7 +274,7 @@ class TestRevisions:
             other.add_repo("a/b", FILES, repo_type="dataset")
             assert other.commit("a/b", repo_type="dataset") == hub.commit("org/model")
 
-    def test_a_folder_is_served_as_it_is_now(self, tmp_path: Path, hub: HubServer, download: Download) -> None:
+    def test_a_folder_is_served_in_its_current_state(self, tmp_path: Path, hub: HubServer, download: Download) -> None:
         (tmp_path / "served").mkdir()
         weights = tmp_path / "served/model.bin"
         weights.write_bytes(b"one")
@@ -296,8 +300,8 @@ class TestRevisions:
             assert api(hub).repo_exists("org/late")
 
 
-class TestRefusals:
-    def test_what_is_not_there(self, hub: HubServer, download: Download) -> None:
+class TestErrors:
+    def test_missing_repositories_revisions_and_files(self, hub: HubServer, download: Download) -> None:
         with pytest.raises(RepositoryNotFoundError):
             download("config.json", "org/missing")
         with pytest.raises(RepositoryNotFoundError):
@@ -329,12 +333,12 @@ class TestRefusals:
             with pytest.raises(GatedRepoError):
                 api(hub, token).auth_check("org/gated")
         assert download("model.safetensors", "org/gated", token="hf_in") == WEIGHTS
-        # What is in it is public.
+        # The metadata is public.
         assert api(hub).model_info("org/gated").gated == "manual"
         assert api(hub).model_info("org/other").gated == "auto"
         assert list(api(hub).list_repo_tree("org/gated"))
 
-    def test_an_invalid_token_is_refused_even_where_none_is_needed(self, tmp_path: Path) -> None:
+    def test_an_invalid_token_is_refused_for_a_public_repository(self, tmp_path: Path) -> None:
         with HubServer(tokens=["hf_valid"]) as hub:
             hub.add_repo("org/model", FILES)
             with pytest.raises(HfHubHTTPError, match="Invalid credentials in Authorization header") as caught:
@@ -344,14 +348,14 @@ class TestRefusals:
                 api(hub, "hf_wrong").whoami()
             assert api(hub, "hf_valid").model_info("org/model").sha
 
-    def test_nonsense_from_the_caller(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_invalid_arguments(self, hub: HubServer, tmp_path: Path) -> None:
         for repo_id in ("model", "a/b/c", "../x", "api/x", "org/.."):
-            with pytest.raises(ValueError, match="not an org/name"):
+            with pytest.raises(ValueError, match="must be org/name"):
                 hub.add_repo(repo_id, {})
         for path in ("../x", "/x", "a//b", "a/./b", ""):
             with pytest.raises(ValueError, match="not a path"):
                 hub.add_repo("org/x", {path: b""})
-        with pytest.raises(ValueError, match="needs a folder"):
+        with pytest.raises(ValueError, match="has the name of a folder"):
             hub.add_repo("org/x", {"a": b"", "a/b": b""})
         with pytest.raises(NotADirectoryError):
             hub.add_repo("org/x", tmp_path / "missing")
@@ -359,8 +363,8 @@ class TestRefusals:
             hub.commit("org/x")
 
 
-class TestFaultsAsTheClientMeetsThem:
-    def test_a_busy_hub_is_asked_again(self, hub: HubServer) -> None:
+class TestFaults:
+    def test_the_client_retries_a_busy_hub(self, hub: HubServer) -> None:
         hub.faults.add(Fault(path_suffix="/tree/main", status=503, headers={"Retry-After": "0"}))
         assert list(api(hub).list_repo_tree("org/model"))
         assert [r.status for r in hub.requests] == [503, 200]
@@ -369,7 +373,7 @@ class TestFaultsAsTheClientMeetsThem:
     def test_a_cut_download_is_resumed(
         self, hub: HubServer, download: Download, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # What is less than one chunk of theirs (10 MB) is lost, and asked for again from the start.
+        # huggingface_hub loses data below its chunk size (10 MB), and requests it again from the start.
         monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
         hub.faults.add(Fault(kind="content", cut_after=100_000))
         assert download("model.safetensors") == WEIGHTS
@@ -378,13 +382,13 @@ class TestFaultsAsTheClientMeetsThem:
             ("bytes=100000-", 206, 200_000),
         ]
 
-    def test_a_damaged_byte_is_not_noticed(self, hub: HubServer, download: Download) -> None:
-        # huggingface_hub compares sizes only; that is why weightferry hashes.
+    def test_the_client_does_not_detect_a_damaged_byte(self, hub: HubServer, download: Download) -> None:
+        # huggingface_hub compares only sizes; weightferry therefore computes the checksum.
         hub.faults.add(Fault(corrupt_at=123))
         data = download("model.safetensors")
         assert [n for n, (a, b) in enumerate(zip(data, WEIGHTS, strict=True)) if a != b] == [123]
 
-    def test_expired_links(self, hub: HubServer, tmp_path: Path) -> None:
+    def test_expired_urls(self, hub: HubServer, tmp_path: Path) -> None:
         url = f"{hub.url}/org/model/resolve/main/model.safetensors"
         link = get_session().head(url, follow_redirects=False).headers["Location"]
         assert get_session().get(link).content == WEIGHTS
@@ -393,7 +397,7 @@ class TestFaultsAsTheClientMeetsThem:
         assert get_session().get(url).content == WEIGHTS
 
 
-def test_an_empty_file_is_served_without_trouble(
+def test_an_empty_file_is_served_without_an_error(
     hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add_repo("org/empty", {"empty.txt": b""})

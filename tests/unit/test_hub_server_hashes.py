@@ -1,4 +1,4 @@
-"""The Hub for tests takes somebody's word for the hash of what is too large to read."""
+"""`HubServer` uses a given SHA-256 for a file that is too large to hash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_hub_server_wire import RESOLVE, request
+from tests.unit.test_hub_server_http import RESOLVE, request
 from weightferry.testing.hub import HubOptions, HubServer
 
 HUGE = 10_000_000_000
@@ -24,27 +24,27 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def published(hub: HubServer) -> str:
+def published_sha256(hub: HubServer) -> str:
     return request(f"{hub.url}{RESOLVE}huge.bin", "HEAD").headers["X-Linked-ETag"].strip('"')
 
 
-def test_a_repository_that_is_added(root: Path) -> None:
+def test_an_added_repository(root: Path) -> None:
     with HubServer() as hub:
         hub.add_repo("org/model", root / "org/model", sha256s={"huge.bin": GIVEN})
-        assert published(hub) == GIVEN
-        where = request(f"{hub.url}{RESOLVE}huge.bin").headers["Location"]
-        assert request(where, Range=f"bytes={HUGE - 5}-").body == bytes(5)
+        assert published_sha256(hub) == GIVEN
+        location = request(f"{hub.url}{RESOLVE}huge.bin").headers["Location"]
+        assert request(location, Range=f"bytes={HUGE - 5}-").body == bytes(5)
 
 
 def test_a_root(root: Path) -> None:
     with HubServer(root, options=HubOptions(sha256s={"org/model/huge.bin": GIVEN})) as hub:
-        assert published(hub) == GIVEN
+        assert published_sha256(hub) == GIVEN
 
 
-def test_a_file_that_changed_is_hashed(root: Path) -> None:
+def test_a_changed_file_is_hashed(root: Path) -> None:
     with HubServer(root, options=HubOptions(sha256s={"org/model/huge.bin": GIVEN})) as hub:
         (root / "org/model/huge.bin").write_bytes(b"small")
-        assert published(hub) == hashlib.sha256(b"small").hexdigest()
+        assert published_sha256(hub) == hashlib.sha256(b"small").hexdigest()
 
 
 def test_the_command(root: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_command(root: Path) -> None:
         process.terminate()
 
 
-def test_what_makes_no_sense(root: Path) -> None:
+def test_invalid_arguments(root: Path) -> None:
     with HubServer() as hub:
         with pytest.raises(ValueError, match="not a SHA-256"):
             hub.add_repo("org/model", root / "org/model", sha256s={"huge.bin": "AB"})

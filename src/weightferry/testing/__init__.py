@@ -1,1 +1,1 @@
-"""Public fakes and helpers: a Hub-compatible server, a fake origin, ranks on one machine."""
+"""Public test helpers: a Hub-compatible server, a fake origin, ranks on one machine."""

@@ -1,10 +1,11 @@
-"""An origin in memory that fails as it is told, for tests of whatever reads from origins.
+"""An origin in memory with faults, for tests of code that reads from origins.
 
 In tests::
 
     origin = FakeOrigin({"model.bin": weights, "config.json": b"{}"})
     origin.faults.append(Fault("model.bin", cut_after=1000))
-    bring(layout, manifest, [0, 1], settings, watch, origins=origin.factory)
+    resolution = pin_sources(requests, settings, monitor, origin.factory)
+    ...  # read model.bin and config.json, with one retry
     assert origin.sent == 1000 + (len(weights) - 1000) + 2
 """
 
@@ -34,32 +35,32 @@ from weightferry.sources import Source
 
 @dataclass
 class Fault:
-    """One way to fail, for the next calls that match.
+    """One way to fail, for the next matching calls.
 
     Attributes
     ----------
     path
-        Only reads of this file; empty: any file.
+        Fail only reads of this file; empty: any file.
     on
-        Which method.
+        The method to fail.
     times
-        How many calls it hits; None: all.
+        How many calls to fail; None: all.
     error
-        Raised before the first byte.
+        The call raises this error before the first byte.
     cut_after
-        The connection breaks after this many bytes of the answer: `TransientOriginError`.
+        The connection breaks after this many bytes of the response: `TransientOriginError`.
     silent_after
-        No byte comes after this many of the answer: `Silent`, without a wait.
+        The origin sends no more bytes after this many bytes of the response: `Silent`, without a wait.
     end_after
-        The answer ends after this many bytes as if it were whole.
+        The response ends after this many bytes without an error.
     corrupt
-        The byte at this offset of the file is inverted, where the answer holds it.
+        Invert the byte at this offset of the file, if the response contains it.
     extra
-        Follows the last byte.
+        Bytes to append to the response.
     ignore_range
-        The answer to a read of a part is the whole file: `RangeIgnored`. Reads of the whole do not spend it.
+        The response to a read of a range is the whole file: `RangeIgnored`. It counts only reads of a range.
     wait_for
-        Set by the test; the answer waits for it, one minute at most.
+        The response waits until the test sets this event, at most one minute.
     """
 
     path: str = ""
@@ -77,7 +78,7 @@ class Fault:
 
 @dataclass
 class Read:
-    """One call of `read`: what was asked for, and how many bytes were handed over so far."""
+    """One call of `read`: the requested range, and the number of bytes sent so far."""
 
     path: str
     start: int
@@ -88,33 +89,33 @@ class Read:
 class FakeOrigin:
     """Implements `weightferry.origins.base.Origin` over a dict. Safe to use from several threads.
 
-    One object serves every source: roots are not told apart.
+    One object serves every source; it ignores the root.
 
     Parameters
     ----------
     files
-        Path to content. Changing it is a change at the origin.
+        Content by path. A change of the mapping is a change at the origin.
     publishes
-        Which checksum it publishes; None: none, and files are versioned by their content.
+        The kind of checksum to publish; None: none. The version of a file is then a hash of its content.
     sizes
-        Whether it says how big files are.
+        Whether to publish the size of files.
     ranges
-        Whether it sends parts of files; if not, `File.ranges` says so and every read of a part is `RangeIgnored`.
+        Whether it supports range reads; if not, `File.ranges` is False and a read of a range raises `RangeIgnored`.
     chunk
-        Bytes handed over at a time.
+        Bytes to send at a time.
 
     Attributes
     ----------
     faults : list of Fault
-        The first that matches a call is the one that shows in it.
+        A call shows the first matching fault.
     reads : list of Read
         Every call of `read`.
     resolves : list of tuple
         Root and paths of every call of `resolve`.
-    reaches : list of Source
+    access_checks : list of Source
         Every call of `check_access`.
     closed : int
-        How often it was closed. It answers all the same, since `factory` gives it to everyone.
+        The number of calls of `close`. The origin works after `close`, since `factory` always returns the same object.
     """
 
     def __init__(
@@ -136,13 +137,13 @@ class FakeOrigin:
         self._lock = threading.Lock()
 
     def factory(self, scheme: str, settings: Settings) -> FakeOrigin:
-        """Stand in for `weightferry.origins.base.origin_for`."""
+        """Return this origin; replaces `weightferry.origins.base.origin_for`."""
         del scheme, settings
         return self
 
     @property
     def sent(self) -> int:
-        """Bytes of all reads."""
+        """The bytes sent by all reads."""
         return sum(read.sent for read in self.reads)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
@@ -166,7 +167,7 @@ class FakeOrigin:
         )
 
     def file(self, path: str, subject: str = "") -> File:
-        """Return what a manifest says of one file."""
+        """Return the manifest entry of one file."""
         content = self.files[path]
         checksum, version = None, ""
         if self._publishes == "sha256":
@@ -199,27 +200,27 @@ class FakeOrigin:
             raise RangeIgnored(subject)
         if path not in self.files:
             raise SourceNotFound("no such file", subject=subject)
-        promised = pinned.file(path)
-        if promised.version and promised != self.file(path):
-            raise SourceChanged("changed at the origin", subject=subject)
-        yield self._answer(read, fault, subject)
+        entry = pinned.file(path)
+        if entry.version and entry != self.file(path):
+            raise SourceChanged("the file changed at the origin", subject=subject)
+        yield self._response(read, fault, subject)
 
-    def _answer(self, read: Read, fault: Fault, subject: str) -> Iterator[bytes]:
+    def _response(self, read: Read, fault: Fault, subject: str) -> Iterator[bytes]:
         content = bytearray(self.files[read.path])
         if fault.corrupt is not None:
             content[fault.corrupt] ^= 0xFF
         body = bytes(content[read.start : read.stop]) + fault.extra
         ends = [end for end in (fault.cut_after, fault.silent_after, fault.end_after) if end is not None]
         body = body[: min(ends)] if ends else body
-        for place in range(0, len(body), self._chunk):
-            chunk = body[place : place + self._chunk]
+        for offset in range(0, len(body), self._chunk):
+            chunk = body[offset : offset + self._chunk]
             with self._lock:
                 read.sent += len(chunk)
             yield chunk
         if fault.cut_after is not None:
-            raise TransientOriginError("the connection broke", subject=subject)
+            raise TransientOriginError("the connection was closed", subject=subject)
         if fault.silent_after is not None:
-            raise Silent("no byte came", subject=subject)
+            raise Silent("the origin sends no more bytes", subject=subject)
 
     def check_access(self, source: Source) -> None:
         """See `Origin.check_access`; a `Fault` on it makes it fail."""

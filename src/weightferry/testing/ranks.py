@@ -1,4 +1,4 @@
-"""Real ranks on this machine: processes in one gloo group, started in milliseconds, killed at will.
+"""Real ranks on this machine: processes in one gloo group that start within milliseconds.
 
 ::
 
@@ -7,8 +7,8 @@
 
     outcomes = run_ranks(work, 4, environ=lambda rank: {"WEIGHTFERRY_CACHE_DIR": f"{tmp}/node{rank // 2}"})
 
-Ranks are forked from a server process that has imported torch once, so `work` must be importable by name (a function of
-a module), and its arguments and value must pickle.
+A server process imports torch once and forks the ranks. So `work` must be a function of a module, and its arguments and
+its value must pickle.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _PRELOAD = ("torch.distributed", "weightferry.testing.ranks", "weightferry.stagi
 
 @dataclass(frozen=True)
 class RankOutcome:
-    """How one rank ended.
+    """The end of one rank.
 
     Attributes
     ----------
     value : object
-        What the function returned.
+        The return value of the function.
     error : BaseException or None
-        What it raised.
+        The error that the function raised.
     exitcode : int or None
-        0, or the negative number of the signal that ended it before it could say anything.
+        0, or the negative number of the signal that killed the process before it sent a result.
     seconds : float
-        From the start of all ranks to this rank's end.
+        Seconds from the start of all ranks to the end of this rank.
     """
 
     value: Any = None
@@ -53,11 +53,11 @@ class RankOutcome:
     seconds: float = 0.0
 
     def get(self) -> Any:
-        """Return the value, or raise what the rank raised."""
+        """Return the value, or raise the error of the rank."""
         if self.error is not None:
             raise self.error
         if self.exitcode:
-            raise RuntimeError(f"the rank was ended by signal {-self.exitcode}")
+            raise RuntimeError(f"signal {-self.exitcode} killed the rank")
         return self.value
 
 
@@ -68,30 +68,30 @@ def run_ranks(
     environ: Callable[[int], Mapping[str, str]] | None = None,
     timeout: float = 60.0,
 ) -> list[RankOutcome]:
-    """Run ``work(*args)`` on every rank of a gloo process group, and wait for all.
+    """Run ``work(*args)`` on every rank of a gloo process group, and wait for all ranks.
 
     Parameters
     ----------
     work
         A function of a module.
     world_size
-        How many ranks.
+        Number of ranks.
     environ
-        By rank, variables to set before the group is made.
+        Returns the environment variables of a rank, to set before the process group is made.
     timeout
-        Seconds; then every rank is killed.
+        Seconds until all ranks are killed.
 
     Raises
     ------
     TimeoutError
-        Naming the ranks that did not end.
+        It names the ranks that did not end.
     """
     with Ranks(work, world_size, *args, environ=environ) as ranks:
         return ranks.outcomes(timeout)
 
 
 class Ranks:
-    """Running ranks; leaving the context kills those that are left. Arguments as for `run_ranks`."""
+    """Running ranks; the end of the context kills the remaining ranks. Arguments as for `run_ranks`."""
 
     def __init__(
         self,
@@ -103,19 +103,19 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOAD))
         self._began = time.monotonic()
-        self._ends: list[Connection] = []
+        self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             variables = dict(environ(rank)) if environ else {}
             process = context.Process(
-                target=_main, args=(theirs, rank, world_size, variables, work, args), name=f"rank{rank}", daemon=True
+                target=_main, args=(child_end, rank, world_size, variables, work, args), name=f"rank{rank}", daemon=True
             )
             process.start()
-            theirs.close()
-            self._ends.append(ours)
+            child_end.close()
+            self._connections.append(parent_end)
             self._processes.append(process)
-        self._introduce()
+        self._send_port()
 
     def __enter__(self) -> Self:
         return self
@@ -125,55 +125,55 @@ class Ranks:
     ) -> None:
         for rank in range(len(self._processes)):
             self.signal(rank, signal.SIGKILL)
-        for end, process in zip(self._ends, self._processes, strict=True):
+        for connection, process in zip(self._connections, self._processes, strict=True):
             process.join()
             process.close()
-            end.close()
+            connection.close()
 
     def signal(self, rank: int, number: int) -> None:
         """Send a signal to one rank, if it still runs."""
         if self._processes[rank].is_alive():
             pid = self._processes[rank].pid
             assert pid is not None  # noqa: S101 -- it was started
-            # The forkserver reaps its children: one may end between the question and the signal.
+            # The forkserver reaps its children: the process may end between the check and the signal.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def outcomes(self, timeout: float) -> list[RankOutcome]:
         """Wait for all ranks to end; see `run_ranks`."""
-        return self.outcomes_of(range(len(self._ends)), timeout)
+        return self.outcomes_of(range(len(self._connections)), timeout)
 
     def outcomes_of(self, ranks: Collection[int], timeout: float) -> list[RankOutcome]:
         """Wait for some ranks to end."""
         outcomes: dict[int, RankOutcome] = {}
-        until = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while len(outcomes) < len(ranks):
-            running = {self._ends[rank]: rank for rank in ranks if rank not in outcomes}
-            ready = wait(list(running), max(0.0, until - time.monotonic()))
+            running = {self._connections[rank]: rank for rank in ranks if rank not in outcomes}
+            ready = wait(list(running), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"ranks {sorted(running.values())} did not end within {timeout:.0f} s")
-            for end in ready:
-                assert isinstance(end, Connection)  # noqa: S101 -- only those are waited for
-                outcomes[running[end]] = self._outcome(running[end], end)
+            for connection in ready:
+                assert isinstance(connection, Connection)  # noqa: S101 -- `running` has only connections
+                outcomes[running[connection]] = self._outcome(running[connection], connection)
         return [outcomes[rank] for rank in ranks]
 
-    def _outcome(self, rank: int, end: Connection) -> RankOutcome:
+    def _outcome(self, rank: int, connection: Connection) -> RankOutcome:
         try:
-            value, error = end.recv()
+            value, error = connection.recv()
         except (EOFError, ConnectionResetError):
             self._processes[rank].join()
             return RankOutcome(exitcode=self._processes[rank].exitcode, seconds=time.monotonic() - self._began)
         return RankOutcome(value, error, seconds=time.monotonic() - self._began)
 
-    def _introduce(self) -> None:
-        """Rank 0 opens the store on a port that is free at that moment, and the others are told."""
-        port = self._ends[0].recv()
-        for end in self._ends[1:]:
-            end.send(port)
+    def _send_port(self) -> None:
+        """Send the port of the store, which rank 0 opened on a free port, to the other ranks."""
+        port = self._connections[0].recv()
+        for connection in self._connections[1:]:
+            connection.send(port)
 
 
 def _main(
-    end: Connection,
+    connection: Connection,
     rank: int,
     world_size: int,
     environ: Mapping[str, str],
@@ -184,18 +184,18 @@ def _main(
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
     from torch import distributed as dist
 
-    limit = timedelta(seconds=60)
+    timeout = timedelta(seconds=60)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
-        end.send(store.port)
+        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        connection.send(store.port)
     else:
-        store = dist.TCPStore("127.0.0.1", end.recv(), world_size, is_master=False, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        store = dist.TCPStore("127.0.0.1", connection.recv(), world_size, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        end.send((work(*args), None))
-    except BaseException as error:  # noqa: BLE001 -- whatever it was, the test wants to see it
-        end.send((None, error))
+        connection.send((work(*args), None))
+    except BaseException as error:  # noqa: BLE001 -- the test gets every error
+        connection.send((None, error))
     finally:
         if rank == 0:
-            end.poll(limit.total_seconds())  # the store lives here: stay until the others are done
-        end.close()
+            connection.poll(timeout.total_seconds())  # this process holds the store: stay until the other ranks end
+        connection.close()

@@ -1,4 +1,4 @@
-"""``weightferry demo``: a real model on two nodes with two ranks each, on this machine."""
+"""``weightferry demo``: stages and loads a real model on two nodes with two ranks each, on this machine."""
 
 from weightferry.testing.demo.run import DemoError, RankFinding, model_folder, run
 

@@ -1,4 +1,4 @@
-"""One rank of the demo: what a user's training script does before it trains."""
+"""One rank of the demo; it does what a training script does before the training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import distributed as dist
 
 import weightferry
-from weightferry.cluster.connect import operation
-from weightferry.phases.agree import RankRequest
+from weightferry.cluster.connect import process_group_coordinator
+from weightferry.phases.requests import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.staging import collect
@@ -23,11 +23,11 @@ SENTENCE = "Weights travel once, and every rank has them."
 
 
 def main(repo: str, out: Path) -> None:
-    """Stage the repository, build the module, load it, run it, write down what came out."""
+    """Stage the repository, build the module, load it, run it, and write the result to `out`."""
     dist.init_process_group("gloo")
-    # weightferry.stage(repo) and its report
+    # The same as weightferry.stage(repo), but it also returns the report.
     settings = Settings.from_environ()
-    with operation(settings, "stage") as coordinator:
+    with process_group_coordinator(settings, "stage") as coordinator:
         collected = collect(lambda: RankRequest({"": SourceRequest.of(repo)}), coordinator, settings)
     folder = collected.paths[""]
     model = _module(folder)
@@ -36,9 +36,9 @@ def main(repo: str, out: Path) -> None:
     )
     pretrainer.collect_files()
     pretrainer.load_collected()
-    shown = _show(model, folder)
-    (out / f"rank{shown.rank}.json").write_text(json.dumps(asdict(shown)))
-    if shown.rank == 0:
+    finding = _run_model(model, folder)
+    (out / f"rank{finding.rank}.json").write_text(json.dumps(asdict(finding)))
+    if finding.rank == 0:
         collected.report.write(out / "report.json")
     dist.destroy_process_group()
 
@@ -46,12 +46,12 @@ def main(repo: str, out: Path) -> None:
 def _module(folder: Path) -> torch.nn.Module:
     from transformers import BertConfig, BertModel
 
-    torch.manual_seed(dist.get_rank())  # the weights differ between ranks until they are loaded
+    torch.manual_seed(dist.get_rank())  # without the load, the weights differ between ranks
     module: torch.nn.Module = BertModel(BertConfig.from_json_file(folder / "config.json"))
     return module.train(mode=False)
 
 
-def _show(model: torch.nn.Module, folder: Path) -> RankFinding:
+def _run_model(model: torch.nn.Module, folder: Path) -> RankFinding:
     from tokenizers import Tokenizer
 
     encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(SENTENCE)

@@ -1,4 +1,4 @@
-"""``python -m weightferry.testing.hub FOLDER``: serve a folder as the Hugging Face Hub would."""
+"""``python -m weightferry.testing.hub FOLDER``: serve a folder as the Hugging Face Hub does."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from weightferry.testing.hub import HubOptions, HubServer
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve a folder until SIGTERM or SIGINT, then exit with 0.
 
-    One line with the URL is printed once all files are hashed and requests are answered without delay.
+    It hashes all files first, so that no request waits for a hash, and then prints one line with the URL.
     """
     parser = _parser()
-    wanted = parser.parse_args(arguments)
-    if not wanted.folder.is_dir():
-        parser.error(f"no folder {wanted.folder}")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    sha256s = dict(pair.rpartition("=")[::2] for pair in wanted.sha256)
-    options = HubOptions(cdn_port=wanted.cdn_port, private_root=wanted.private, xet=wanted.xet, sha256s=sha256s)
+    sha256s = dict(pair.rpartition("=")[::2] for pair in options.sha256)
+    hub_options = HubOptions(cdn_port=options.cdn_port, private_root=options.private, xet=options.xet, sha256s=sha256s)
     with HubServer(
-        wanted.folder,
-        host=wanted.host,
-        port=wanted.port,
-        tokens=wanted.token,
-        bytes_per_second_per_connection=wanted.rate,
-        options=options,
+        options.folder,
+        host=options.host,
+        port=options.port,
+        tokens=options.token,
+        bytes_per_second_per_connection=options.rate,
+        options=hub_options,
     ) as hub:
         hub.hash_all()
         sys.stdout.write(f"{hub.url}\n")
@@ -43,22 +43,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m weightferry.testing.hub",
         description="Serve FOLDER/org/name (FOLDER/datasets/org/name, FOLDER/spaces/org/name) as the Hugging Face Hub "
-        "would. GET /-/stats returns counters as JSON, POST /-/reset sets them to zero.",
+        "does. GET /-/stats returns counters as JSON, POST /-/reset sets them to zero.",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--cdn-port", type=int, default=0, help="port for LFS files (default: a free one)")
-    parser.add_argument("--token", action="append", default=[], help="a valid token; may be given again")
-    parser.add_argument("--private", action="store_true", help="repositories are seen only with a token")
-    parser.add_argument("--rate", type=float, metavar="BYTES_PER_S", help="of each connection (default: no limit)")
-    parser.add_argument("--xet", action="store_true", help="let files be read through Xet as well")
+    parser.add_argument("--port", type=int, default=0, help="port for the API (default: a free port)")
+    parser.add_argument("--cdn-port", type=int, default=0, help="port for LFS files (default: a free port)")
+    parser.add_argument("--token", action="append", default=[], help="a valid token; repeatable")
+    parser.add_argument("--private", action="store_true", help="repositories are visible only with a token")
+    parser.add_argument("--rate", type=float, metavar="BYTES_PER_S", help="rate of each connection (default: no limit)")
+    parser.add_argument("--xet", action="store_true", help="serve files through Xet as well")
     parser.add_argument(
         "--sha256",
         action="append",
         default=[],
         metavar="PATH=HEX",
-        help="the hash of a large file below FOLDER, which is then not read for it; may be given again",
+        help="SHA-256 of a large file below FOLDER, so that the server does not hash it; repeatable",
     )
     return parser
 

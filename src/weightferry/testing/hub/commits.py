@@ -1,6 +1,6 @@
-"""Files, and the commits made of them, with the ids that git and LFS would give.
+"""Files and commits, with the same ids as git and LFS give.
 
-The ids are computed here and not by `weightferry.hashing`: a fake that shares code with what it tests shares its bugs.
+It does not use `weightferry.hashing`: a fake that shares code with the tested code shares its bugs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
-# The suffixes in the .gitattributes that the Hub puts into every new repository.
+# The suffixes in the .gitattributes file of every new repository on the Hub.
 # fmt: off
 LFS_SUFFIXES = frozenset({
     ".7z", ".arrow", ".bin", ".bz2", ".ckpt", ".ftz", ".gz", ".h5", ".joblib", ".mlmodel", ".model", ".msgpack", ".npy",
@@ -23,18 +23,18 @@ LFS_SUFFIXES = frozenset({
 # fmt: on
 
 
-# Bytes that are read, hashed or sent at a time.
-STEP = 1 << 20
-_ZEROS = bytes(STEP)
+# Bytes to read, hash or send at a time.
+BLOCK_SIZE = 1 << 20
+_ZEROS = bytes(BLOCK_SIZE)
 
 
 class ContentGoneError(Exception):
-    """A file of a served folder changed after the commit that lists it; its old bytes are nowhere any more."""
+    """A file of a served folder changed after the commit that lists it, so the old content is lost."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """The bytes of one file: in memory, or on disk as they were at `mtime_ns` (nanoseconds)."""
+    """The content of one file: in memory, or on disk with modification time `mtime_ns` (nanoseconds)."""
 
     source: bytes | Path
     size: int
@@ -42,47 +42,47 @@ class Blob:
 
     @classmethod
     def of(cls, source: bytes | Path) -> Blob:
-        """Take bytes, or a file by its present size and time."""
+        """Make a blob from bytes, or from a file with its current size and modification time."""
         if isinstance(source, bytes):
             return cls(source, len(source))
-        now = source.stat()
-        return cls(source, now.st_size, now.st_mtime_ns)
+        stat = source.stat()
+        return cls(source, stat.st_size, stat.st_mtime_ns)
 
     def check(self) -> None:
-        """Raise `ContentGoneError` unless the bytes are still the ones that were hashed."""
+        """Raise `ContentGoneError` if the file changed since it was hashed."""
         try:
-            same = isinstance(self.source, bytes) or Blob.of(self.source) == self
+            unchanged = isinstance(self.source, bytes) or Blob.of(self.source) == self
         except OSError:
-            same = False
-        if not same:
+            unchanged = False
+        if not unchanged:
             raise ContentGoneError(f"{self.source!s} changed on disk after the commit that lists it")
 
     def read(self, start: int, stop: int) -> bytes:
-        """Read a part of it."""
+        """Return the bytes from `start` to `stop`."""
         if isinstance(self.source, bytes):
             return self.source[start:stop]
         with self.source.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), stop - start, start)
 
     def chunks(self) -> Iterator[bytes]:
-        """Read it from front to back."""
+        """Yield the content in blocks."""
         if isinstance(self.source, bytes):
             yield self.source
             return
         with self.source.open("rb", buffering=0) as file:
-            for start in range(0, self.size, STEP):
-                count = min(STEP, self.size - start)
-                yield hole(file.fileno(), start, count) or os.pread(file.fileno(), count, start)
+            for start in range(0, self.size, BLOCK_SIZE):
+                count = min(BLOCK_SIZE, self.size - start)
+                yield read_hole(file.fileno(), start, count) or os.pread(file.fileno(), count, start)
 
 
-def hole(descriptor: int, start: int, count: int) -> bytes:
-    """Return the `count` bytes (`STEP` at most) from `start` on if a sparse file has nothing there, else nothing.
+def read_hole(descriptor: int, start: int, count: int) -> bytes:
+    """Return `count` zero bytes (at most `BLOCK_SIZE`) if a sparse file has a hole from `start` on, else no bytes.
 
-    10 GB of nothing took 45 s to come through the page cache of a small machine.
+    Reading a hole of 10 GB through the page cache took 45 s on a small machine.
     """
     try:
         data = os.lseek(descriptor, start, os.SEEK_DATA)
-    except OSError:  # nothing up to the end of the file
+    except OSError:  # the hole reaches the end of the file
         return _ZEROS[:count]
     return _ZEROS[:count] if data >= start + count else b""
 
@@ -94,9 +94,9 @@ class Entry:
     Attributes
     ----------
     oid
-        The git blob id: of the bytes, or of the LFS pointer that git holds in their place.
+        The git blob id of the content, or of the LFS pointer that git stores instead.
     sha256
-        Of the bytes; None for a file that is not in LFS.
+        Of the content; None for a file that is not in LFS.
     pointer_size
         Bytes of the LFS pointer.
     """
@@ -109,25 +109,25 @@ class Entry:
 
     @property
     def etag(self) -> str:
-        """What the Hub names the content by."""
+        """The content's name on the Hub, without quotes."""
         return self.sha256 or self.oid
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A frozen tree.
+    """A fixed set of files.
 
-    `sha` depends on paths and contents alone: equal content has an equal commit on every server, and a branch that
+    `sha` depends only on paths and contents: the same files have the same commit on every server, and a branch that
     returns to old content returns to the old commit.
 
     Attributes
     ----------
     files
-        By path, in the order of their paths.
+        By path, sorted by path.
     folders
-        The git tree id of every folder by its path.
+        The git tree id of every folder, by path.
     date
-        When this server first saw it, as the Hub writes dates.
+        The time when this server made the commit, in the Hub's format.
     """
 
     sha: str
@@ -136,13 +136,13 @@ class Commit:
     date: str
 
 
-class Library:
-    """Makes commits; a file on disk is hashed once per (path, mtime, size).
+class CommitBuilder:
+    """Makes commits. It hashes a file on disk once per path, modification time and size.
 
     Parameters
     ----------
     lfs_threshold
-        Files of this many bytes and more are in LFS, whatever their name.
+        Files of this many bytes or more are in LFS, with any name.
     """
 
     def __init__(self, lfs_threshold: int) -> None:
@@ -150,14 +150,14 @@ class Library:
         self._digests: dict[tuple[Blob, bool], str] = {}
 
     def commit(self, blobs: Mapping[str, Blob]) -> Commit:
-        """Hash what is new among `blobs` (path to content) and name the whole."""
+        """Return the commit of the files (content by path); hash only new content."""
         files = {path: self._entry(path, blob) for path, blob in sorted(blobs.items())}
         folders = _tree_ids(files)
         sha = _git_id("commit", f"tree {folders.pop('')}\n".encode())
         return Commit(sha, files, folders, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z"))
 
-    def trust(self, path: Path, sha256: str) -> None:
-        """Take somebody's word for the hash of a large file, as long as the file stays as it is now."""
+    def set_sha256(self, path: Path, sha256: str) -> None:
+        """Use a given SHA-256 for a large file, as long as the file does not change."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError(f"not a SHA-256: {sha256!r}")
         self._digests[Blob.of(path), True] = sha256
@@ -179,10 +179,10 @@ class Library:
 
 
 def _digest(blob: Blob, lfs: bool) -> str:
-    running = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % blob.size, usedforsecurity=False)
+    hasher = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % blob.size, usedforsecurity=False)
     for chunk in blob.chunks():
-        running.update(chunk)
-    return running.hexdigest()
+        hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _git_id(kind: str, content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Faults: what can go wrong between a client and the Hub, as values to add to a server."""
+"""Faults that a test adds to a Hub server: errors, delays, closed connections, damaged bytes."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from weightferry.testing.hub.records import Kind
+from weightferry.testing.hub.request_log import Kind
 
-# These leave nothing of the answer that another fault could show in.
-_INSTEAD = ("status", "hang_up")
-# Of these, one happens to a body.
-_ENDS = ("cut_after", "silent_after")
-_EFFECTS = (*_INSTEAD, *_ENDS, "delay", "corrupt_at", "bytes_per_second", "ignore_range", "chunked")
+# These replace the whole response, so no other fault except a delay can show in it.
+_REPLACING = ("status", "hang_up")
+# A body can have only one of these.
+_STOPPING = ("cut_after", "silent_after")
+_EFFECTS = (*_REPLACING, *_STOPPING, "delay", "corrupt_at", "bytes_per_second", "ignore_range", "chunked")
 
 
 @dataclass(frozen=True)
 class Fault:
     """One way to fail, for the requests that match.
 
-    A fault is spent only by a request in which it shows: `cut_after` waits for a body that is longer, `corrupt_at` for
-    an answer that holds that byte, `ignore_range` for a request whose range would have counted. ``Fault(status=503,
-    times=2)`` fails two requests and then no more.
+    A fault counts only the requests that show it: `cut_after` waits for a longer body, `corrupt_at` for a response with
+    that byte, `ignore_range` for a request whose range has an effect. ``Fault(status=503, times=2)`` fails two requests
+    and then stops.
 
-    Several effects of one fault happen together, and so do those of several faults, say one for a rate and one that
-    cuts. Where one request cannot show two faults, as with two that cut, the younger one waits for the next request.
+    All effects of one fault happen together, and so do the effects of several faults, for example a rate limit and a
+    cut. If one request cannot show two faults, for example two cuts, the later fault waits for the next request.
 
     Parameters
     ----------
     method
-        Only requests by this method; None matches all.
+        Only requests with this method; None: all.
     path_suffix
-        Only requests whose path (decoded, without the query) ends so. The paths of all requests about the content of
-        a file end in the path of the file.
+        Only requests whose path (decoded, without the query) ends with this text. The path of every request for the
+        content of a file ends with the path of the file.
     kind
-        Only requests of this kind, see `RequestRecord`; None matches all.
+        Only requests of this kind, see `RequestRecord`; None: all.
     times
-        How many requests it hits; None: all, until it is cleared.
+        How many requests it fails; None: all, until it is cleared.
     status, headers
-        Answer with this status and these headers: ``Fault(status=503, headers={"Retry-After": "1"})``.
+        Send a response with this status and these headers: ``Fault(status=503, headers={"Retry-After": "1"})``.
     delay
-        Seconds to wait before the answer; `math.inf`: it never comes.
+        Seconds to wait before the response; `math.inf`: send none.
     hang_up
-        End the connection instead of an answer.
+        Close the connection instead of a response.
     cut_after
-        End the connection after this many bytes of the body.
+        Close the connection after this many bytes of the body.
     silent_after
-        Send nothing more after this many bytes of the body, and keep the connection open until the client or the
+        Send no more bytes after this many bytes of the body, and keep the connection open until the client or the
         server closes it.
     reset
-        End connections by a reset (RST) and not by an orderly close, for `hang_up` and `cut_after`. What was sent
-        before arrives first.
+        For `hang_up` and `cut_after`: close the connection with a reset (RST) instead of an orderly close. The bytes
+        sent before arrive first.
     corrupt_at
         Invert the byte at this offset of the file.
     bytes_per_second
         Send the body at this rate.
     ignore_range
-        Answer 200 with the whole file where a range was asked for.
+        Send the whole file with status 200 for a request with a range.
     chunked
         Send the body in chunks, without a Content-Length.
     """
@@ -80,67 +80,67 @@ class Fault:
 
     def __post_init__(self) -> None:
         if not any(_has(self, effect) for effect in _EFFECTS):
-            raise ValueError("a fault without an effect")
+            raise ValueError("the fault has no effect: set status, hang_up, cut_after, silent_after, delay, ...")
         if self.times is not None and self.times < 1:
-            raise ValueError(f"times must be 1 or more, or None for ever, not {self.times}")
+            raise ValueError(f"times must be 1 or more, or None for no limit, not {self.times}")
         if self.bytes_per_second is not None and self.bytes_per_second <= 0:
-            raise ValueError("bytes_per_second must be above 0; silent_after sends nothing")
+            raise ValueError("bytes_per_second must be above 0; use silent_after to send no bytes")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request and the answer it would get: what decides whether a fault shows.
+    """A request and its planned response; they decide whether a fault shows.
 
     Attributes
     ----------
-    body
-        Bytes of the body that would be sent.
-    span
-        The bytes of the file in it; empty where it holds none.
-    ranged
-        Whether a Range header decided what the answer holds.
+    body_size
+        Bytes of the planned body.
+    file_range
+        The range of file offsets in the body; empty if the body holds no part of a file.
+    used_range
+        Whether the request's Range header decided the response.
     """
 
     method: str
     path: str
     kind: Kind
-    body: int
-    span: range
-    ranged: bool
+    body_size: int
+    file_range: range
+    used_range: bool
 
 
 class Faults:
-    """The faults of a server, in the order in which they were added. Safe to use from several threads."""
+    """The faults of a server, in the order of their addition. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._left: list[tuple[Fault, int | None]] = []
+        self._remaining: list[tuple[Fault, int | None]] = []
 
     def add(self, *faults: Fault) -> None:
-        """Let these happen from now on."""
+        """Apply these faults to the next requests."""
         with self._lock:
-            # Copies, since they are told apart by identity: the same one may be added twice.
-            self._left += [(replace(fault), fault.times) for fault in faults]
+            # Store copies, since `take` compares by identity: a test may add the same fault twice.
+            self._remaining += [(replace(fault), fault.times) for fault in faults]
 
     def clear(self) -> None:
-        """Drop all, spent or not. Requests already hit stay as they are."""
+        """Remove all faults. Responses that already have a fault do not change."""
         with self._lock:
-            self._left = []
+            self._remaining = []
 
     @property
     def left(self) -> list[Fault]:
-        """The faults that have not happened as often as they should; `times` says how often they still will."""
+        """The faults that will still happen; `times` is the number of remaining requests."""
         with self._lock:
-            return [replace(fault, times=times) for fault, times in self._left]
+            return [replace(fault, times=times) for fault, times in self._remaining]
 
     def take(self, exchange: Exchange) -> Fault | None:
-        """Spend the faults that show in this exchange, and return them as one."""
+        """Count the faults that show in this exchange, and return them merged into one."""
         with self._lock:
-            hits = _compatible([fault for fault, _ in self._left if _matches(fault, exchange)])
-            spent = [id(fault) for fault in hits]
-            left = [(fault, n - 1 if n and id(fault) in spent else n) for fault, n in self._left]
-            self._left = [(fault, n) for fault, n in left if n != 0]
-        return _merged(hits)
+            shown = _compatible([fault for fault, _ in self._remaining if _matches(fault, exchange)])
+            counted = [id(fault) for fault in shown]
+            left = [(fault, n - 1 if n and id(fault) in counted else n) for fault, n in self._remaining]
+            self._remaining = [(fault, n) for fault, n in left if n != 0]
+        return _merge(shown)
 
     def __repr__(self) -> str:
         return f"Faults({self.left})"
@@ -163,33 +163,33 @@ def _matches(fault: Fault, exchange: Exchange) -> bool:
 def _shows(fault: Fault, exchange: Exchange) -> bool:
     stops = [stop for stop in (fault.cut_after, fault.silent_after) if stop is not None]
     return (
-        any(_has(fault, effect) for effect in (*_INSTEAD, "delay"))
-        or (fault.ignore_range and exchange.ranged)
-        or ((fault.chunked or fault.bytes_per_second is not None) and exchange.body > 0)
-        or (fault.corrupt_at is not None and fault.corrupt_at in exchange.span)
-        or any(stop < exchange.body for stop in stops)
+        any(_has(fault, effect) for effect in (*_REPLACING, "delay"))
+        or (fault.ignore_range and exchange.used_range)
+        or ((fault.chunked or fault.bytes_per_second is not None) and exchange.body_size > 0)
+        or (fault.corrupt_at is not None and fault.corrupt_at in exchange.file_range)
+        or any(stop < exchange.body_size for stop in stops)
     )
 
 
 def _compatible(faults: list[Fault]) -> list[Fault]:
-    """Choose, oldest first, what can happen to one request."""
-    instead = [fault for fault in faults if any(_has(fault, effect) for effect in _INSTEAD)]
-    if instead:
-        faults = [instead[0], *(fault for fault in faults if _kinds_of_effect(fault) == {"delay"})]
+    """Choose the faults that one response can show together, oldest first."""
+    replacing = [fault for fault in faults if any(_has(fault, effect) for effect in _REPLACING)]
+    if replacing:
+        faults = [replacing[0], *(fault for fault in faults if _effect_groups(fault) == {"delay"})]
     chosen: list[Fault] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for fault in faults:
-        if taken.isdisjoint(_kinds_of_effect(fault)):
+        if used.isdisjoint(_effect_groups(fault)):
             chosen.append(fault)
-            taken |= _kinds_of_effect(fault)
+            used |= _effect_groups(fault)
     return chosen
 
 
-def _kinds_of_effect(fault: Fault) -> set[str]:
-    return {"end" if effect in _ENDS else effect for effect in _EFFECTS if _has(fault, effect)}
+def _effect_groups(fault: Fault) -> set[str]:
+    return {"stop" if effect in _STOPPING else effect for effect in _EFFECTS if _has(fault, effect)}
 
 
-def _merged(faults: list[Fault]) -> Fault | None:
+def _merge(faults: list[Fault]) -> Fault | None:
     if not faults:
         return None
     values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A server that behaves like the Hugging Face Hub, over a folder or over content in memory.
+"""A server that behaves like the Hugging Face Hub; it serves a folder, or content in memory.
 
 In tests::
 
@@ -7,11 +7,11 @@ In tests::
         hf_hub_download("org/model", "model.safetensors", endpoint=hub.url, cache_dir=tmp_path)
         assert hub.content_bytes("model.safetensors") == len(weights)
 
-From a shell, with ``FOLDER/org/model/`` as the model ``org/model``::
+From a shell, where ``FOLDER/org/model/`` is the model ``org/model``::
 
     python -m weightferry.testing.hub FOLDER
 
-Only the standard library is used.
+It uses only the standard library.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from weightferry.testing.hub.access import Access
-from weightferry.testing.hub.commits import Commit, Library
+from weightferry.testing.hub.commits import Commit, CommitBuilder
 from weightferry.testing.hub.faults import Faults
-from weightferry.testing.hub.files import Files, other_name
-from weightferry.testing.hub.records import RequestRecord
-from weightferry.testing.hub.repos import Head, Repositories, RepoType, folder_reader, memory_reader
+from weightferry.testing.hub.files import Files, alternative_host_name
+from weightferry.testing.hub.http_server import Listener, ServerState
+from weightferry.testing.hub.repositories import Branch, Repositories, RepoType, folder_reader, memory_reader
+from weightferry.testing.hub.request_log import RequestRecord
 from weightferry.testing.hub.routes import Routes
-from weightferry.testing.hub.signed_links import SignedLinks
-from weightferry.testing.hub.sockets import Listener, Service
+from weightferry.testing.hub.signed_urls import SignedUrls
 from weightferry.testing.hub.xet import Xet
 
 if TYPE_CHECKING:
@@ -39,30 +39,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How a server differs from the defaults, which are the Hub's.
+    """Options of a server; the defaults are the Hub's behaviour.
 
     Attributes
     ----------
     cdn_host
-        Where links to LFS files lead; empty: to the name that the client used for the Hub, but ``localhost`` for
-        ``127.0.0.1`` and the other way round.
+        Host in the URLs of LFS files; empty: the name that the client uses for the Hub, but ``localhost`` for
+        ``127.0.0.1`` and ``127.0.0.1`` for ``localhost``.
     cdn_port
-        The port there; 0 takes a free one. It is never the Hub's own: to clients the CDN must be another origin.
+        Port of the CDN; 0: a free port. It is never the Hub's port: for clients, the CDN must be another origin.
     lfs_threshold
-        Files of this many bytes and more are in LFS, as are those with a suffix of weights and archives.
+        Files of this many bytes or more are in LFS, and so are files with a suffix of weights or archives.
     link_lifetime
-        Seconds for which a link to an LFS file is valid.
+        Seconds until the URL of an LFS file expires.
     page_size
         Entries per page of a file listing.
     compress_text
-        Whether small text files go out with gzip, in chunks and with no regard to ranges, to clients that accept it.
-        The Hub does that.
+        Whether small text files are sent with gzip, in chunks and without regard to ranges, to clients that accept it.
+        The Hub does so.
     private_root
-        Whether repositories under the root need a token.
+        Whether repositories below the root need a token.
     xet
-        Whether LFS files can be read through Xet as well. Clients that know it (`hf_xet`) then do not follow the links.
+        Whether to serve LFS files through Xet as well. Clients with `hf_xet` then do not use the signed URLs.
     sha256s
-        As those of `add_repo`, by path below the root.
+        As in `add_repo`, by path below the root.
     """
 
     cdn_host: str = ""
@@ -77,53 +77,54 @@ class HubOptions:
 
 
 class HubServer:
-    """A Hub for tests, serving from the moment it is made until `close`.
+    """A Hub for tests; it serves from its construction until `close`.
 
     Every folder ``root/org/name`` is the model ``org/name`` at revision ``main``, every ``root/datasets/org/name`` a
-    dataset, every ``root/spaces/org/name`` a Space. Files that change on disk are a new commit. Hashing is lazy: the
-    first question about a repository reads all its files once. Files are sent from where they lie, never held in
+    dataset, every ``root/spaces/org/name`` a Space. When files change on disk, the branch has a new commit. The first
+    request for a repository reads and hashes all its files. The server sends files from disk and does not hold them in
     memory.
 
     Parameters
     ----------
     root
-        The folder of repositories; None serves only what is added.
+        The folder of repositories; None: serve only added repositories.
     host, port
-        Where to listen; port 0 takes a free one. A second port, for the CDN, is opened at the same address.
+        The address to listen on; port 0: a free port. The CDN has a second port on the same host.
     tokens
-        The valid tokens, next to those that `add_repo` names. A request with another one is answered 401 whatever it
-        asks for, as on the Hub. While no token is known, every token is valid.
+        The valid tokens; `add_repo` adds more. As on the Hub, every request with another token gets 401. While no token
+        is known, every token is valid.
     bytes_per_second_per_connection
-        The rate of every body; None sends as fast as it goes, some GB/s.
+        The rate of every body; None: no limit, some GB/s.
     options
-        The rest.
+        More options.
 
     Attributes
     ----------
     url : str
-        What to pass as ``endpoint`` or ``HF_ENDPOINT``. With `host` ``0.0.0.0`` other machines use a name of this one.
+        The value for ``endpoint`` or ``HF_ENDPOINT``. With host ``0.0.0.0``, other machines use a name of this machine
+        instead.
     cdn_url : str
-        Where links to LFS files lead.
+        The URL of the CDN, which serves LFS files.
     faults : Faults
-        What goes wrong; empty at first.
+        The faults to inject; empty at first.
 
     Notes
     -----
-    As on huggingface.co: LFS files are answered with a redirect (302) to a signed link at another origin, which
-    refuses whoever sends an Authorization header along, and whose ETag is not the file's hash; other files with a
-    redirect (307) to ``/api/resolve-cache/``, which does not know the size. Metadata of gated repositories is public.
-    Anonymous requests for what does not exist get 401, those with a token 404.
+    As on huggingface.co: a request for an LFS file is redirected (302) to a signed URL at another origin. That origin
+    refuses requests with an Authorization header, and its ETag is not the file's hash. A request for any other file is
+    redirected (307) to ``/api/resolve-cache/``, without the size. The metadata of gated repositories is public. A
+    request for a missing repository gets 401 without a token and 404 with one.
 
-    Unlike there: that 401 has an ``X-Error-Code``, since huggingface_hub reads a bare 401 as a missing repository only
-    from an https URL. Links at the CDN end in the file's path. Bytes of an old commit are gone (410) when the file was
-    overwritten in the folder from which it is served.
+    Unlike huggingface.co: that 401 has an ``X-Error-Code``, since huggingface_hub takes a 401 without it as a missing
+    repository only from an https URL. URLs at the CDN end with the file's path. The content of an old commit is gone
+    (410) if the file was overwritten in the served folder.
 
-    Xet, where `HubOptions.xet` asks for it, is what readers need of it: a token from ``/api/``, then at the CDN's
-    address reconstructions (v1) and blocks of chunks, which are neither compressed nor shared between files; every
-    64 KiB of a file count 8 bytes more there, and `Fault.corrupt_at` does not show.
+    With `HubOptions.xet`, the server has the part of Xet that readers need: a token from ``/api/``, and at the CDN's
+    address reconstructions (v1) and blocks of chunks. The chunks are neither compressed nor shared between files. Every
+    64 KiB of a file count 8 bytes more in `content_bytes`, and `Fault.corrupt_at` has no effect.
 
-    Not here: uploads and everything else that writes, commit history, pull requests, ``/raw/``, search, renamed
-    repositories and their redirects, repositories without an organization, rate limits (but see `Fault`), https.
+    Not supported: uploads and other writes, commit history, pull requests, ``/raw/``, search, renamed repositories and
+    their redirects, repositories without an organization, rate limits (but see `Fault`), https.
     """
 
     def __init__(
@@ -138,32 +139,32 @@ class HubServer:
     ) -> None:
         options = options or HubOptions()
         if root is not None and not Path(root).is_dir():
-            raise NotADirectoryError(f"no folder {root}")
-        self._library = Library(options.lfs_threshold)
+            raise NotADirectoryError(f"{root} is not a folder")
+        self._commit_builder = CommitBuilder(options.lfs_threshold)
         folder = None if root is None else Path(root).absolute()
         for path, sha256 in options.sha256s.items():
-            self._library.trust(Path(root or "").absolute() / path, sha256)
-        self._repositories = Repositories(folder, self._library, private_root=options.private_root)
+            self._commit_builder.set_sha256(Path(root or "").absolute() / path, sha256)
+        self._repositories = Repositories(folder, self._commit_builder, private_root=options.private_root)
         self._access = Access(self._repositories, tokens)
-        self._links = SignedLinks(options.link_lifetime)
-        with ExitStack() as bound:
-            hub = bound.enter_context(closing(Listener((host, port), "hub")))
-            cdn = bound.enter_context(closing(Listener((host, options.cdn_port), "cdn")))
-            self._open = bound.pop_all()
+        self._signed_urls = SignedUrls(options.link_lifetime)
+        with ExitStack() as listeners:
+            hub = listeners.enter_context(closing(Listener((host, port), "hub")))
+            cdn = listeners.enter_context(closing(Listener((host, options.cdn_port), "cdn")))
+            self._listeners = listeners.pop_all()
         name = "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104 a comparison
         self.url = f"http://{name}:{hub.server_port}"
-        self.cdn_url = f"http://{options.cdn_host or other_name(name)}:{cdn.server_port}"
-        xet = Xet(self._links) if options.xet else None
-        files = Files(self._links, (options.cdn_host, cdn.server_port), xet, compress_text=options.compress_text)
+        self.cdn_url = f"http://{options.cdn_host or alternative_host_name(name)}:{cdn.server_port}"
+        xet = Xet(self._signed_urls) if options.xet else None
+        files = Files(self._signed_urls, (options.cdn_host, cdn.server_port), xet, compress_text=options.compress_text)
         routes = Routes(self._access, files, xet, options.page_size)
-        self._service = Service(routes, bytes_per_second_per_connection)
-        hub.start(self._service)
-        cdn.start(self._service)
+        self._state = ServerState(routes, bytes_per_second_per_connection)
+        hub.start(self._state)
+        cdn.start(self._state)
 
     @property
     def faults(self) -> Faults:
-        """What goes wrong."""
-        return self._service.faults
+        """The faults to inject."""
+        return self._state.faults
 
     def add_repo(
         self,
@@ -177,69 +178,69 @@ class HubServer:
         allowed_tokens: Iterable[str] | None = None,
         sha256s: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a repository, or move a branch of one that is there.
+        """Add a repository, or give a branch of an existing repository new content.
 
-        What the branch held before stays readable by its commit. `private`, `gated` and `allowed_tokens` are those of
-        the whole repository; the last call counts.
+        The old content of the branch stays readable by its commit. `private`, `gated` and `allowed_tokens` apply to the
+        whole repository; the last call decides.
 
         Parameters
         ----------
         repo_id
             As ``org/name``.
         content
-            A folder, served as it is at the time of each request, or path to bytes.
+            A folder, served in its state at the time of each request; or bytes by path.
         repo_type
             ``model``, ``dataset`` or ``space``.
         revision
             The branch.
         private
-            Whether one must be allowed in order to see it; to all others it does not exist.
+            Whether only `allowed_tokens` may see it; for all other requests it does not exist.
         gated
-            Whether one must be allowed in order to read its files; True is ``"manual"``.
+            Whether only `allowed_tokens` may read its files; True means ``"manual"``.
         allowed_tokens
             The tokens with access; None: every valid token.
         sha256s
-            By path below the folder, SHA-256 in hexadecimal of files in LFS, believed as long as the file does not
-            change: hashing 10 GB takes 6 to 30 s.
+            By path below the folder, the SHA-256 (hexadecimal) of LFS files. The server uses it until the file changes,
+            and does not hash the file: hashing 10 GB takes 6 to 30 s.
 
         Raises
         ------
         NotADirectoryError
-            If `content` names no folder.
+            `content` is not a folder.
         ValueError
-            If `repo_id` or a path of `content` cannot be on the Hub, or `sha256s` come with content in memory.
+            `repo_id` or a path of `content` is not valid on the Hub, or `sha256s` is given with content in memory.
         """
         allowed = None if allowed_tokens is None else frozenset(allowed_tokens)
         if isinstance(content, Mapping):
             if sha256s:
-                raise ValueError("content in memory is hashed: sha256s are for folders")
+                raise ValueError("sha256s are for folders; content in memory is always hashed")
             reader = memory_reader(content)
         elif Path(content).is_dir():
             for path, sha256 in (sha256s or {}).items():
-                self._library.trust(Path(content).absolute() / path, sha256)
+                self._commit_builder.set_sha256(Path(content).absolute() / path, sha256)
             reader = folder_reader(Path(content).absolute())
         else:
-            raise NotADirectoryError(f"no folder {content}")
+            raise NotADirectoryError(f"{content} is not a folder")
         with self._repositories.edit(repo_type, repo_id) as repo:
             repo.private, repo.allowed = private, allowed
             repo.gated = "manual" if gated is True else gated
-            repo.set_branch(revision, Head(reader, self._library))
+            repo.set_branch(revision, Branch(reader, self._commit_builder))
         self._access.tokens |= allowed or set()
 
     def add_tag(self, repo_id: str, tag: str, *, revision: str = "main", repo_type: RepoType = "model") -> None:
-        """Name the commit that `revision` is now; the tag stays there when the branch moves."""
+        """Tag the current commit of `revision`; the tag stays on that commit when the branch changes."""
         commit = self._find(repo_id, revision, repo_type)
         with self._repositories.edit(repo_type, repo_id) as repo:
             repo.tags[tag] = commit
 
     def commit(self, repo_id: str, revision: str = "main", *, repo_type: RepoType = "model") -> str:
-        """Return the commit (40 hex digits) that a branch or tag is now; hashes what has not been hashed yet."""
+        """Return the current commit (40 hex digits) of a branch or tag; hash the files that are new."""
         return self._find(repo_id, revision, repo_type).sha
 
     @property
     def requests(self) -> list[RequestRecord]:
-        """What was asked since the start or the last `reset`, in order, requests in progress included."""
-        return self._service.ledger.records()
+        """All requests since the start or the last `reset`, in order, with the requests in progress."""
+        return self._state.request_log.records()
 
     @property
     def metadata_requests(self) -> list[RequestRecord]:
@@ -247,26 +248,26 @@ class HubServer:
         return [record for record in self.requests if record.kind == "metadata"]
 
     def content_bytes(self, path_suffix: str = "") -> int:
-        """Return how many bytes of files were sent, those of files with this end of their path only."""
+        """Return the number of sent bytes of files whose path ends with `path_suffix`."""
         return sum(record.file_bytes for record in self.requests if record.file.endswith(path_suffix))
 
     def reset(self) -> None:
-        """Forget the requests so far. Faults and repositories stay."""
-        self._service.ledger.clear()
+        """Clear the log of requests. Faults and repositories stay."""
+        self._state.request_log.clear()
 
     def expire_links(self) -> None:
-        """Make every link invalid that was handed out so far; clients get 403 and must ask the Hub again."""
-        self._links.expire()
+        """Invalidate all signed URLs so far; clients get 403 and must request new URLs from the Hub."""
+        self._signed_urls.expire()
 
     def hash_all(self) -> None:
-        """Hash every file now, so that no first request has to wait for it."""
+        """Hash every file now, so that no request waits for a hash."""
         for repo in self._repositories.all():
-            for head in list(repo.branches.values()):
-                head.commit()
+            for branch in list(repo.branches.values()):
+                branch.commit()
 
     def close(self) -> None:
-        """End all connections and threads, also in the middle of an answer. Closing again does nothing."""
-        self._open.close()
+        """Close all connections and end all threads, also during a response. A second call does nothing."""
+        self._listeners.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""What a Hub server was asked and what it sent."""
+"""The log of requests to a Hub server, and of the bytes that it sent."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ Side = Literal["hub", "cdn"]
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request and what became of it.
+    """One request and its response.
 
     Attributes
     ----------
     side
-        Which of the two addresses was asked: ``hub``, or ``cdn`` where the links to LFS files lead.
+        Which of the two addresses got the request: ``hub``, or ``cdn``, the target of the signed URLs.
     method
         ``GET``, ``HEAD`` or ``POST``.
     path
         Decoded, without the query.
     kind
-        What the request was for, by its method and path and not by its outcome. ``metadata``: an answer about
-        repositories and files (everything under ``/api`` but content, and every HEAD). ``content``: a GET of a file's
-        bytes. ``redirect``: a GET of ``/resolve/``, which costs the Hub a request and yields no byte of the file: it
-        only points to where the content is. ``other``: paths that the server does not know.
+        The purpose of the request, by its method and path, not by its response. ``metadata``: information about
+        repositories and files (everything below ``/api`` except content, and every HEAD). ``content``: a GET of the
+        bytes of a file. ``redirect``: a GET of ``/resolve/``, which costs the Hub a request and returns a location
+        instead of bytes. ``other``: a path that the server does not know.
     file
-        The file in question as ``org/name/path``, with ``datasets/`` or ``spaces/`` before it; empty if none.
+        The requested file as ``org/name/path``, with ``datasets/`` or ``spaces/`` before it; empty if none.
     status
-        Of the answer; 0 as long as there is none, and for ever if the connection ended without one.
+        Status of the response; 0 before the response, and if the connection ended without one.
     body_bytes
-        Bytes of the answer's body handed to the kernel, without headers and chunk framing. Exact once the client has
-        read the body; up to 1 MiB ahead of the truth while the body is on its way. Bytes in flight to a client that
-        hung up are counted.
+        Bytes of the body passed to the kernel, without headers and chunk framing. Exact when the client has read the
+        body; up to 1 MiB too high while the server sends the body. It includes bytes in flight to a client that closed
+        the connection.
     range
-        The Range header, None without.
+        The Range header; None if there is none.
     had_authorization
-        Whether an Authorization header came along.
+        Whether the request had an Authorization header.
     user_agent
         The User-Agent header.
     started
-        When the request was read, by `time.monotonic` (seconds).
+        The time when the server read the request, by `time.monotonic` (seconds).
     """
 
     side: Side
@@ -62,50 +62,50 @@ class RequestRecord:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the file in `body_bytes`: all of them, or none where the answer is an error or a redirect."""
+        """Bytes of the file in `body_bytes`: all of them, or 0 for an error or a redirect."""
         return self.body_bytes if self.kind == "content" and self.status in (200, 206) else 0
 
 
 class OpenRecord:
-    """A record that is still being written; the thread of its connection is the only writer."""
+    """The record of a request in progress; only the thread of its connection writes it."""
 
     def __init__(self, record: RequestRecord) -> None:
         self._record = record
         self.status = 0
         self.body_bytes = 0
 
-    def record(self) -> RequestRecord:
-        """Return it as it is now."""
+    def snapshot(self) -> RequestRecord:
+        """Return the current state of the record."""
         return replace(self._record, status=self.status, body_bytes=self.body_bytes)
 
 
 class RequestLog:
-    """All lines since the last `clear`, in the order in which the requests came."""
+    """All records since the last `clear`, in the order of the requests."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lines: list[OpenRecord] = []
+        self._records: list[OpenRecord] = []
 
     def begin(self, record: RequestRecord) -> OpenRecord:
-        """Open the line of a request."""
-        line = OpenRecord(record)
+        """Add the record of a new request."""
+        opened = OpenRecord(record)
         with self._lock:
-            self._lines.append(line)
-        return line
+            self._records.append(opened)
+        return opened
 
     def records(self) -> list[RequestRecord]:
-        """Return every record as it is now."""
+        """Return the current state of every record."""
         with self._lock:
-            return [line.record() for line in self._lines]
+            return [record.snapshot() for record in self._records]
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all records."""
         with self._lock:
-            self._lines = []
+            self._records = []
 
 
 def summary(records: Iterable[RequestRecord]) -> dict[str, Any]:
-    """Count, for readers in other processes: the JSON of ``/-/stats``."""
+    """Return the counters of ``/-/stats``, for clients in other processes."""
     kinds: Counter[str] = Counter({"metadata": 0, "redirect": 0, "content": 0, "other": 0})
     statuses: Counter[str] = Counter()
     files: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The Hub for tests, seen through plain HTTP: ranges, links, faults, and how it ends."""
+"""`HubServer`, tested with plain HTTP: ranges, signed URLs, faults, and `close`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reply:
 
 
 def request(url: str, method: str = "GET", timeout: float = 10, body: str | None = None, **headers: str) -> Reply:
-    """Make one request, follow nothing; underscores in names of headers stand for hyphens."""
+    """Send one request, follow no redirect; an underscore in a header name stands for a hyphen."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=timeout)
     try:
@@ -61,7 +61,7 @@ def link(hub: HubServer, path: str = "model.safetensors") -> str:
 
 class TestRanges:
     @pytest.mark.parametrize(
-        ("wanted", "start", "stop"),
+        ("byte_range", "start", "stop"),
         [
             ("0-0", 0, 1),
             ("100-199", 100, 200),
@@ -71,23 +71,23 @@ class TestRanges:
             ("-300000", 0, 200_000),
         ],
     )
-    def test_part(self, hub: HubServer, wanted: str, start: int, stop: int) -> None:
-        reply = request(link(hub), Range=f"bytes={wanted}")
+    def test_a_range(self, hub: HubServer, byte_range: str, start: int, stop: int) -> None:
+        reply = request(link(hub), Range=f"bytes={byte_range}")
         assert (reply.status, reply.body) == (206, WEIGHTS[start:stop])
         assert reply.headers["Content-Range"] == f"bytes {start}-{stop - 1}/200000"
-        assert [(r.range, r.body_bytes) for r in hub.requests] == [(f"bytes={wanted}", stop - start)]
+        assert [(r.range, r.body_bytes) for r in hub.requests] == [(f"bytes={byte_range}", stop - start)]
 
-    @pytest.mark.parametrize("wanted", ["200000-", "300000-300001", "-0"])
-    def test_nothing_there(self, hub: HubServer, wanted: str) -> None:
-        reply = request(link(hub), Range=f"bytes={wanted}")
+    @pytest.mark.parametrize("byte_range", ["200000-", "300000-300001", "-0"])
+    def test_an_unsatisfiable_range(self, hub: HubServer, byte_range: str) -> None:
+        reply = request(link(hub), Range=f"bytes={byte_range}")
         assert (reply.status, reply.headers["Content-Range"]) == (416, "bytes */200000")
         assert hub.content_bytes() == 0
 
-    @pytest.mark.parametrize("wanted", ["bytes=5-2", "bytes=-", "bytes=0-1,5-6", "lines=1-2", "bytes=a-b"])
-    def test_not_understood(self, hub: HubServer, wanted: str) -> None:
-        assert request(link(hub), Range=wanted).body == WEIGHTS
+    @pytest.mark.parametrize("byte_range", ["bytes=5-2", "bytes=-", "bytes=0-1,5-6", "lines=1-2", "bytes=a-b"])
+    def test_ranges_that_the_server_ignores(self, hub: HubServer, byte_range: str) -> None:
+        assert request(link(hub), Range=byte_range).body == WEIGHTS
 
-    def test_of_a_small_file(self, hub: HubServer) -> None:
+    def test_a_range_of_a_git_file(self, hub: HubServer) -> None:
         assert request(link(hub, "config.json"), Range="bytes=2-4").body == b"234"
 
     def test_if_range(self, hub: HubServer) -> None:
@@ -106,13 +106,13 @@ class TestRanges:
     def test_many_requests_on_one_connection(self, hub: HubServer) -> None:
         parts = urlsplit(link(hub))
         connection = http.client.HTTPConnection(parts.netloc)
-        begun = time.monotonic()
+        began = time.monotonic()
         for start in range(0, 200_000, 2_000):
             connection.request("GET", f"{parts.path}?{parts.query}", headers={"Range": f"bytes={start}-{start + 1999}"})
             with connection.getresponse() as response:
                 assert response.read() == WEIGHTS[start : start + 2000]
         connection.close()
-        assert time.monotonic() - begun < 3  # with Nagle's algorithm: 40 ms each
+        assert time.monotonic() - began < 3  # with Nagle's algorithm: 40 ms each
         assert hub.content_bytes() == 200_000
 
 
@@ -126,10 +126,10 @@ class TestResolve:
         assert reply.headers["Location"].startswith(hub.cdn_url)
         assert urlsplit(hub.cdn_url).hostname != urlsplit(hub.url).hostname, "not every release looks at ports"
         assert "X-Xet-Hash" not in reply.headers
-        # The CDN's own ETag looks alike and is not the file's.
+        # The CDN's ETag looks like a SHA-256 and is not the file's.
         assert request(reply.headers["Location"], "HEAD").headers["ETag"] != reply.headers["X-Linked-ETag"]
 
-    def test_headers_of_a_small_file(self, hub: HubServer) -> None:
+    def test_headers_of_a_git_file(self, hub: HubServer) -> None:
         reply = request(f"{hub.url}{RESOLVE}config.json", "HEAD")
         assert reply.status == 307
         assert reply.headers["Location"].startswith("/api/resolve-cache/models/org/model/")
@@ -138,12 +138,12 @@ class TestResolve:
         reply = request(hub.url + reply.headers["Location"], "HEAD")
         assert (reply.status, reply.headers["Content-Length"]) == (200, "10")
 
-    def test_a_get_is_a_redirect_and_no_content(self, hub: HubServer) -> None:
+    def test_a_get_is_a_redirect_without_content(self, hub: HubServer) -> None:
         reply = request(f"{hub.url}{RESOLVE}model.safetensors")
         assert [(r.kind, r.status, r.body_bytes) for r in hub.requests] == [("redirect", 302, len(reply.body))]
         assert hub.content_bytes() == 0
 
-    def test_what_is_in_lfs(self, hub: HubServer) -> None:
+    def test_which_files_are_in_lfs(self, hub: HubServer) -> None:
         with HubServer(options=HubOptions(lfs_threshold=100)) as small:
             small.add_repo("org/model", {"a.txt": b"1" * 100, "b.txt": b"1" * 99, "c.BIN": b"1"})
             statuses = {
@@ -166,7 +166,7 @@ class TestResolve:
             "/api/models/%2e%2e/x",
         ],
     )
-    def test_paths_do_not_climb_out(self, tmp_path: Path, path: str) -> None:
+    def test_paths_stay_inside_the_root(self, tmp_path: Path, path: str) -> None:
         (tmp_path / "root/org/model").mkdir(parents=True)
         (tmp_path / "secret").write_text("secret")
         (tmp_path / "x").mkdir()
@@ -194,19 +194,19 @@ class TestResolve:
 
 
 class TestCdn:
-    def test_a_token_is_refused_and_seen(self, hub: HubServer) -> None:
+    def test_the_cdn_refuses_and_records_a_token(self, hub: HubServer) -> None:
         reply = request(link(hub), Authorization="Bearer hf_secret")
         assert reply.status == 400
         assert [(r.side, r.had_authorization) for r in hub.requests] == [("cdn", True)]
         assert hub.content_bytes() == 0
 
-    def test_links_expire(self) -> None:
+    def test_urls_expire(self) -> None:
         with HubServer(options=HubOptions(link_lifetime=0)) as hub:
             hub.add_repo("org/model", FILES)
             reply = request(link(hub))
         assert (reply.status, b"expired" in reply.body) == (403, True)
 
-    def test_links_cannot_be_made_up(self, hub: HubServer) -> None:
+    def test_urls_need_a_valid_signature(self, hub: HubServer) -> None:
         url = link(hub)
         assert request(url.partition("?")[0]).status == 403
         assert request(url.replace("model.safetensors", "config.json")).status == 403
@@ -233,14 +233,14 @@ class TestFaults:
         assert [fault.times for fault in hub.faults.left] == [1]
         assert [request(url, "HEAD").status for _ in range(2)] == [429, 307]
 
-    def test_for_ever_until_cleared(self, hub: HubServer) -> None:
+    def test_without_limit_until_cleared(self, hub: HubServer) -> None:
         hub.faults.add(Fault(status=500, path_suffix=".json", times=None))
         url = f"{hub.url}{RESOLVE}config.json"
         assert [request(url).status for _ in range(3)] == [500] * 3
         hub.faults.clear()
         assert request(url).status == 307
 
-    def test_cut_by_an_orderly_close(self, hub: HubServer) -> None:
+    def test_cut_with_an_orderly_close(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(cut_after=1_000))
         with pytest.raises(http.client.IncompleteRead) as caught:
@@ -249,7 +249,7 @@ class TestFaults:
         assert hub.content_bytes() == 1_000
         assert request(url).body == WEIGHTS
 
-    def test_cut_by_a_reset(self, hub: HubServer) -> None:
+    def test_cut_with_a_reset(self, hub: HubServer) -> None:
         parts = urlsplit(link(hub))
         hub.faults.add(Fault(cut_after=100_000, reset=True))
         connection = http.client.HTTPConnection(parts.netloc)
@@ -261,7 +261,7 @@ class TestFaults:
         connection.close()
         response.close()
 
-    def test_no_answer_at_all(self, hub: HubServer) -> None:
+    def test_close_before_the_response(self, hub: HubServer) -> None:
         hub.faults.add(Fault(hang_up=True), Fault(hang_up=True, reset=True))
         url = f"{hub.url}{RESOLVE}config.json"
         with pytest.raises(http.client.RemoteDisconnected):
@@ -270,23 +270,23 @@ class TestFaults:
             request(url)
         assert [r.status for r in hub.requests] == [0, 0]
 
-    def test_silence_in_the_body(self, hub: HubServer) -> None:
+    def test_silence_during_the_body(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(silent_after=10))
         with pytest.raises(TimeoutError):
             request(url, timeout=0.2)
         assert hub.content_bytes() == 10
 
-    def test_late_and_never(self, hub: HubServer) -> None:
+    def test_delayed_and_missing_responses(self, hub: HubServer) -> None:
         hub.faults.add(Fault(delay=0.2), Fault(delay=math.inf))
         url = f"{hub.url}{RESOLVE}config.json"
-        begun = time.monotonic()
+        began = time.monotonic()
         assert request(url).status == 307
-        assert time.monotonic() - begun >= 0.2
+        assert time.monotonic() - began >= 0.2
         with pytest.raises(TimeoutError):
             request(url, timeout=0.1)
 
-    def test_damage_waits_for_its_byte(self, hub: HubServer) -> None:
+    def test_damage_waits_for_a_response_with_its_byte(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(corrupt_at=150_000))
         assert request(url, Range="bytes=0-99999").body == WEIGHTS[:100_000]
@@ -298,9 +298,9 @@ class TestFaults:
     def test_slow(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(bytes_per_second=400_000))
-        begun = time.monotonic()
+        began = time.monotonic()
         assert request(url).body == WEIGHTS
-        assert time.monotonic() - begun > 0.4
+        assert time.monotonic() - began > 0.4
 
     def test_ignored_range(self, hub: HubServer) -> None:
         url = link(hub)
@@ -321,13 +321,13 @@ class TestFaults:
         assert "Content-Length" not in reply.headers
         assert hub.content_bytes() == 200_001
 
-    def test_several_add_up(self, hub: HubServer) -> None:
+    def test_several_faults_happen_together(self, hub: HubServer) -> None:
         url = link(hub)
         hub.faults.add(Fault(bytes_per_second=1e6, times=None), Fault(cut_after=500), Fault(silent_after=700))
         hub.faults.add(Fault(status=500), Fault(delay=0.1))
-        begun = time.monotonic()
+        began = time.monotonic()
         assert request(url).status == 500
-        assert time.monotonic() - begun >= 0.1
+        assert time.monotonic() - began >= 0.1
         with pytest.raises(http.client.IncompleteRead) as caught:
             request(url)
         assert len(caught.value.partial) == 500
@@ -339,18 +339,18 @@ class TestFaults:
     @pytest.mark.parametrize(
         "wrong", [{}, {"headers": {"a": "b"}}, {"status": 500, "times": 0}, {"bytes_per_second": 0}, {"reset": True}]
     )
-    def test_a_fault_must_make_sense(self, wrong: dict) -> None:  # type: ignore[type-arg]
+    def test_invalid_faults(self, wrong: dict) -> None:  # type: ignore[type-arg]
         with pytest.raises(ValueError):
             Fault(**wrong)
 
 
-class TestEnd:
+class TestClose:
     def test_rate_of_a_connection(self) -> None:
         with HubServer(bytes_per_second_per_connection=400_000) as hub:
             hub.add_repo("org/model", FILES)
-            begun = time.monotonic()
+            began = time.monotonic()
             assert request(link(hub)).body == WEIGHTS
-            assert time.monotonic() - begun > 0.4
+            assert time.monotonic() - began > 0.4
 
     def test_close_ends_threads_and_connections(self, hub: HubServer) -> None:
         before = set(threading.enumerate()) - {t for t in threading.enumerate() if t.name.startswith(("hub", "cdn"))}
@@ -359,16 +359,16 @@ class TestEnd:
         hub.reset()
         hub.faults.add(Fault(silent_after=5, path_suffix="model.safetensors", method="GET"))
         hub.faults.add(Fault(delay=math.inf, method="HEAD"))
-        waiting = [threading.Thread(target=_endure, args=(url, method)) for method in ("GET", "HEAD")]
+        waiting = [threading.Thread(target=_request_until_closed, args=(url, method)) for method in ("GET", "HEAD")]
         for thread in waiting:
             thread.start()
         idle, deaf = (_connect(big) for _ in range(2))
         deaf.sendall(f"GET {big.removeprefix(hub.cdn_url)} HTTP/1.1\r\nHost: hub\r\n\r\n".encode())
-        _until(lambda: len(hub.requests) == 3 and hub.content_bytes("big.bin") > 0)
-        begun = time.monotonic()
+        _wait_until(lambda: len(hub.requests) == 3 and hub.content_bytes("big.bin") > 0)
+        began = time.monotonic()
         hub.close()
         hub.close()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - began < 5
         assert idle.recv(1) == b""
         for thread in waiting:
             thread.join(5)
@@ -379,12 +379,12 @@ class TestEnd:
             with pytest.raises(ConnectionRefusedError):
                 request(address)
 
-    def test_a_port_that_is_taken(self, hub: HubServer) -> None:
+    def test_a_port_in_use(self, hub: HubServer) -> None:
         port = urlsplit(hub.cdn_url).port or 0
         with pytest.raises(OSError, match="in use"):
             HubServer(options=HubOptions(cdn_port=port))
 
-    def test_a_root_must_be_there(self, tmp_path: Path) -> None:
+    def test_the_root_must_exist(self, tmp_path: Path) -> None:
         with pytest.raises(NotADirectoryError):
             HubServer(tmp_path / "missing")
 
@@ -398,8 +398,8 @@ class TestEnd:
             assert process.stderr is not None
             url = process.stdout.readline().decode().strip()
             assert request(f"{url}{RESOLVE}model.bin").status == 401
-            where = request(f"{url}{RESOLVE}model.bin", Authorization="Bearer hf_a").headers["Location"]
-            assert request(where).body == WEIGHTS
+            location = request(f"{url}{RESOLVE}model.bin", Authorization="Bearer hf_a").headers["Location"]
+            assert request(location).body == WEIGHTS
             stats = json.loads(request(f"{url}/-/stats").body)
             assert stats == {
                 "requests": {"metadata": 0, "redirect": 2, "content": 1, "other": 0},
@@ -421,12 +421,12 @@ def _connect(url: str) -> socket.socket:
     return socket.create_connection((parts.hostname or "", parts.port or 0))
 
 
-def _endure(url: str, method: str) -> None:
+def _request_until_closed(url: str, method: str) -> None:
     with pytest.raises((OSError, http.client.HTTPException)):
         request(url, method)
 
 
-def _until(true: Callable[[], bool], seconds: float = 5) -> None:
+def _wait_until(true: Callable[[], bool], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
