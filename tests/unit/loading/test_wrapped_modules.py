@@ -82,8 +82,8 @@ def test_any_wrapping_loads_into_any_other(
     for hook in (transfer_module, load_module):
         net = Net()
         hook(into(net), tmp_path / "net.ckpt")
-        for ours, theirs in zip(net.state_dict().values(), saved.state_dict().values(), strict=True):
-            assert torch.equal(ours, theirs)
+        for loaded, expected in zip(net.state_dict().values(), saved.state_dict().values(), strict=True):
+            assert torch.equal(loaded, expected)
     assert caplog.records == []
 
 
