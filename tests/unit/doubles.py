@@ -6,7 +6,7 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.locks import FileLocks, LockTimeouts
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.cluster.coordinator import LocalCoordinator
-from weightferry.manifest import Manifest, Pinned
+from weightferry.manifest import Manifest, PinnedSource
 from weightferry.sources import Source
 from weightferry.testing.origin import FakeOrigin
 
@@ -21,7 +21,7 @@ class FakeMonitor:
     def __init__(self) -> None:
         self.bytes, self.checks, self.over = 0, 0, False
 
-    def moved(self, count: int) -> None:
+    def count_bytes(self, count: int) -> None:
         self.bytes += count
 
     def check(self) -> None:
@@ -33,7 +33,7 @@ class FakeMonitor:
 SOURCE = Source("s3", "s3://bucket/model")
 
 
-def pin(origin: FakeOrigin, source: Source = SOURCE) -> Pinned:
+def pin(origin: FakeOrigin, source: Source = SOURCE) -> PinnedSource:
     return origin.resolve(source, [""])
 
 
@@ -56,8 +56,8 @@ class FakeControl(LocalCoordinator):
         super().__init__("h")
         self._monitor = monitor
 
-    def moved(self, count: int, peer: bool = False) -> None:
-        self._monitor.moved(count)
+    def count_bytes(self, count: int, peer: bool = False) -> None:
+        self._monitor.count_bytes(count)
 
     def check(self) -> None:
         self._monitor.check()

@@ -14,15 +14,15 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.errors import CollectError, IntegrityError, SourceNotFound
 from weightferry.origins.base import origin_for
 from weightferry.origins.pin_sources import RequestedFiles, Resolution, pin_sources
-from weightferry.phases.requests import RankRequest
 from weightferry.phases.link import (
     LinkPlan,
     VisibilityCheck,
-    compare_first_blocks,
     check_readable,
-    read_first_blocks,
+    compare_first_blocks,
     make_links,
+    read_first_blocks,
 )
+from weightferry.phases.requests import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin

@@ -13,9 +13,9 @@ from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, OriginUnreachable
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, PinnedSource
+from weightferry.phases.plan import plan
 from weightferry.sources import Source
 from weightferry.transfer.pieces import FRAME, MIB, SMALL, cut_pieces, piece_size
-from weightferry.phases.plan import plan
 from weightferry.transfer.plan import Plan
 
 SOURCE = Source("hf", "org/model")
