@@ -1,4 +1,4 @@
-"""The generated pages have every setting, command, option and launcher; the page of the Python names has all of them."""
+"""The generated pages have every setting, command, option and launcher; the Python page has every public name."""
 
 from __future__ import annotations
 
