@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ REPOSITORY = Path(__file__).parents[2]
 SIZE = sum(SIZES.values())
 
 
-def check_every_node(hub: Served, cache: Path) -> None:
-    """Hash the files on every node, by the path that each of them would use."""
-    for node in hub.testbed.nodes:
+def check_every_node(hub: Served, cache: Path, nodes: Sequence[str] = ()) -> None:
+    """Hash the files on every node, or on some, by the path that each of them would use."""
+    for node in nodes or hub.testbed.nodes:
         for path, digest in hub.sha256.items():
             command = f"sha256sum {cache}/hub/models--org--model/snapshots/*/{path}"
             said = hub.testbed.run(["sh", "-c", command], node).stdout

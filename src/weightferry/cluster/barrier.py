@@ -83,6 +83,21 @@ class StoreBarrier:
         """Add `add` to the number of ranks that know of the failure of the phase, and return that number."""
         return self.store.add(f"informed/{phase}", add)
 
+    def shared_text(self, name: str, make: Callable[[], str]) -> str | None:
+        """Return a text that one rank makes for all; None while another rank makes it."""
+        if self.store.check([f"text/{name}"]):
+            return self.store.get(f"text/{name}").decode()
+        if self.store.add(f"texts/{name}", 1) > 1:
+            return None
+        text = make()
+        put(self.store, f"text/{name}", text.encode())
+        return text
+
+    def remove_text(self, name: str) -> None:
+        """Remove what `shared_text` left in the store."""
+        self.store.delete_key(f"text/{name}")
+        self.store.delete_key(f"texts/{name}")
+
     def ticks(self) -> int:
         """Return how many ticks rank 0 has sent."""
         return self.store.add("ticks", 0)

@@ -15,9 +15,9 @@ from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.cluster.heartbeat import Heartbeat, StallDetector, heartbeat_key
+from weightferry.cluster.heartbeat import Heartbeat, StallDetector, describe_calls, heartbeat_key
 from weightferry.cluster.results import PhaseResult, RankResult
-from weightferry.errors import CollectError, Failure, LeaderLost, Stalled, format_ranks
+from weightferry.errors import CollectError, Failure, LeaderLost, PlanMismatch, Stalled, format_ranks
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings
 
@@ -91,6 +91,8 @@ class ResultCollector:
         # A leader gives up by itself first. This is for a leader inside a call that does not return.
         self._stalled_bytes = StallDetector(1.2 * settings.stall_timeout + 2 * settings.beat_interval)
         self._cancelled = threading.Event()
+        self._calls = ""  # which ranks have called, once it matters
+        self._other_phases: set[str] = set()  # what ranks that made another call wait for
 
     def cancel(self) -> None:
         """End without a result: this process is about to exit."""
@@ -104,6 +106,8 @@ class ResultCollector:
                 return
             result = PhaseResult(failures=tuple(failures.values())) if failures else self._combined(combine)
             self._barrier.release(self._key, result, self._read)
+            for phase in self._other_phases:
+                self._barrier.release(phase, result, 0)
 
     def _combined(self, combine: Callable[[Mapping[int, Any]], Any]) -> PhaseResult:
         values = {rank: self._results[rank].value for rank in sorted(self._results)}
@@ -164,11 +168,20 @@ class ResultCollector:
             rank: progress for rank, beat in beats.items() if (progress := Heartbeat.loads(beat).progress)
         }
         texts = dict.fromkeys(self._silent_ranks.stalled(beats), f"no heartbeat for over {self._silence:.0f} s")
+        for rank, beat in beats.items():
+            # A rank that has made another call is alive, but takes no part in this phase, and would never arrive.
+            heartbeat = Heartbeat.loads(beat)
+            if rank in self._missing and heartbeat.call and heartbeat.phase != self._key:
+                self._other_phases.add(heartbeat.phase)
+        if self._other_phases:
+            text = describe_calls(self._barrier.store, self._job.job_ranks)
+            return {0: self._failure(0, PlanMismatch, f"the ranks make different calls: {text}")}
         for rank in self._watched - beats.keys():
             if rank in self._job.hosts:
                 texts[rank] = "left in the middle of the operation"
             elif waited > self._settings.agree_timeout:
-                texts[rank] = f"did not call within {waited:.0f} s"
+                self._calls = self._calls or describe_calls(self._barrier.store, self._job.job_ranks)
+                texts[rank] = f"did not call within {waited:.0f} s: {self._calls}"
         return {rank: self._failure(rank, LeaderLost, text) for rank, text in texts.items()}
 
     def _stalled_ranks(self) -> dict[int, Failure]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from subprocess import run
+from types import FrameType
 from typing import TYPE_CHECKING
 
+from weightferry.cluster.call_site import caller_of_package, find_call_site
 from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
 from weightferry.cluster.topology import Topology, read_topology
 from weightferry.errors import BadRequest, NotDistributed
@@ -22,20 +26,30 @@ if TYPE_CHECKING:
 
     from weightferry.cluster.store import StoreClients
 
+logger = logging.getLogger(__name__)
+
 # The clients of the store that was used last. A process has one default group at a time.
 _clients: StoreClients | None = None
+
+# The store on which the ranks of a launcher met before there was a process group.
+_launcher_store: Store | None = None
 
 # How many operations this process has opened, by the ranks that take part. All ranks open the same operations in the
 # same order, so equal numbers name the same operation. A new process group in this process may use the same store, so
 # the count goes on.
 _operations: Counter[tuple[int, ...]] = Counter()
 
+_WARN_AFTER = 8.0  # seconds without a connection to the other ranks
+
 
 @contextlib.contextmanager
 def process_group_coordinator(
     settings: Settings, name: str, *, group: ProcessGroup | None = None, alone: bool = False
 ) -> Iterator[Coordinator]:
-    """Open an operation of the ranks of a process group, or of this process alone.
+    """Open an operation of the ranks of a process group, of the ranks of a launcher, or of this process alone.
+
+    Without a process group, the ranks that a launcher (torchrun, srun, submitit, MPI) started together meet on a store:
+    that of torchrun's agent, or one on a port of its own, so that a later `init_process_group` finds its port free.
 
     Parameters
     ----------
@@ -50,29 +64,28 @@ def process_group_coordinator(
     Raises
     ------
     NotDistributed
-        The environment says that there are several ranks, but there is no process group.
+        The environment says that there are several ranks, but there is no process group and the ranks cannot meet.
     BadRequest
         This process is not in `group`.
     """
-    topology = read_topology()
+    topology, caller = read_topology(), caller_of_package()
     store, ranks = _members(group) if not alone else (None, (topology.rank,))
-    if not ranks and topology.world_size > 1:
-        raise NotDistributed(
-            f"{topology.launcher} started {topology.world_size} ranks, but torch.distributed is not initialised in "
-            "this one. Add this line before the call:\n"
-            '    torch.distributed.init_process_group("gloo")    # or "nccl"\n'
-            "or, to work in this process alone, call collect_files(internal_ddp_handling=False)."
+    with contextlib.ExitStack() as stack:
+        if not ranks and topology.world_size > 1:
+            ranks, store = (
+                tuple(range(topology.world_size)),
+                _meet_before_process_group(topology, settings, name, caller),
+            )
+            number = _operations[ranks]
+            stack.callback(lambda: _leave_together(store, topology, settings, f"weightferry/bye-{number}"))
+        coordinator = (
+            LocalCoordinator(topology.host, topology.rank)
+            if store is None
+            else _distributed_coordinator(store, ranks, topology, settings, name, caller)
         )
-    coordinator = (
-        LocalCoordinator(topology.host, topology.rank)
-        if store is None
-        else _distributed_coordinator(store, ranks, topology, settings, name)
-    )
-    coordinator.operation = name
-    try:
+        coordinator.operation = name
+        stack.callback(coordinator.close)
         yield coordinator
-    finally:
-        coordinator.close()
 
 
 @contextlib.contextmanager
@@ -87,15 +100,13 @@ def launcher_coordinator(settings: Settings, topology: Topology, name: str) -> I
             coordinator.operation = name
             yield coordinator
         return
-    store = _rendezvous(topology, settings)
+    store = _rendezvous(topology, settings, name)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(
-            _distributed_coordinator(store, ranks, topology, settings, name, topology.rank)
-        ) as coordinator:
+        with contextlib.closing(_distributed_coordinator(store, ranks, topology, settings, name)) as coordinator:
             yield coordinator
     finally:
-        _leave_together(store, topology, settings)
+        _leave_together(store, topology, settings, "weightferry/bye")
 
 
 def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]:
@@ -122,7 +133,12 @@ def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]
 
 
 def _distributed_coordinator(
-    store: Store, ranks: tuple[int, ...], topology: Topology, settings: Settings, name: str, rank: int | None = None
+    store: Store,
+    ranks: tuple[int, ...],
+    topology: Topology,
+    settings: Settings,
+    name: str,
+    caller: FrameType | None = None,
 ) -> Coordinator:
     global _clients
     from torch import distributed as dist
@@ -137,49 +153,98 @@ def _distributed_coordinator(
     members = zlib.crc32(",".join(map(str, ranks)).encode())
     prefix = f"weightferry/{attempt}/{members:08x}/{_operations[ranks]}"
     _operations[ranks] += 1
-    place = ranks.index(dist.get_rank() if rank is None else rank)
-    return DistributedCoordinator(_clients, prefix, place, ranks, topology, settings, name)
+    rank = ranks.index(dist.get_rank() if dist.is_initialized() else topology.rank)
+    return DistributedCoordinator(_clients, prefix, rank, ranks, topology, settings, name, caller)
 
 
-def _rendezvous(topology: Topology, settings: Settings) -> Store:
+def _rendezvous(topology: Topology, settings: Settings, name: str) -> Store:
+    """Return the store at ``MASTER_ADDR`` and ``MASTER_PORT``, for a process that needs this port for nothing else."""
     # Our errors describe a lost peer better than the log of the store's client. torch reads this variable at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.update(master(topology, os.environ))
+    return _connect_store(topology, settings, name, int(os.environ["MASTER_PORT"]), os.environ)
+
+
+def _meet_before_process_group(topology: Topology, settings: Settings, name: str, caller: FrameType | None) -> Store:
+    """Return the store of a launcher's ranks, kept for the life of the process."""
+    global _launcher_store
+    if _launcher_store is None:
+        found = master(topology, os.environ)
+        # torchrun's agent holds its store at MASTER_PORT. Elsewhere a later init_process_group needs that port.
+        port = int(found["MASTER_PORT"])
+        if not _has_agent_store():
+            port = port_for("/".join((found["MASTER_ADDR"], found["MASTER_PORT"], "weightferry")))
+        call = str(find_call_site(name, caller))
+        _launcher_store = _connect_store(topology, settings, call, port, {**os.environ, **found})
+    return _launcher_store
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def _connect_store(topology: Topology, settings: Settings, call: str, port: int, environ: Mapping[str, str]) -> Store:
+    """Connect to the store that the ranks of a launcher meet on; rank 0 holds it, unless the agent of torchrun does."""
     from torch import distributed as dist
 
-    os.environ.update(master(topology, os.environ))
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        found: Store
-        found, _, _ = next(
-            dist.rendezvous(
-                "env://", topology.rank, topology.world_size, timeout=timedelta(seconds=settings.agree_timeout)
+    from weightferry.cluster.store import call_abandonable
+
+    address, timeout = environ["MASTER_ADDR"], timedelta(seconds=settings.agree_timeout)
+    where = f"{address}:{port}"
+    failed = (
+        f"rank {topology.rank} on {topology.host} could not connect to the other {topology.world_size - 1} ranks at "
+        f"{where}"
+    )
+    began = warned = time.monotonic()
+
+    def connect() -> Store:
+        if _has_agent_store():
+            agent_store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
+            return agent_store
+        return dist.TCPStore(address, port, topology.world_size, topology.rank == 0, timeout)
+
+    def check() -> None:
+        nonlocal warned
+        now = time.monotonic()
+        if now - warned > _WARN_AFTER and warned == began:
+            warned = now
+            logger.warning(
+                "waiting for %.0f s for all ranks to call: rank %d calls %s", now - began, topology.rank, call
             )
-        )
+        if now - began > settings.agree_timeout + _WARN_AFTER:
+            # The connection has a timeout of its own. It does not end when the peer accepts and then says nothing.
+            raise NotDistributed(
+                f"{failed}: a program that is no torch.distributed store listens there, or stopped answering. Set "
+                "MASTER_ADDR and MASTER_PORT to the node of rank 0 and to a free port on it."
+            )
+
+    try:
+        return call_abandonable(connect, check)
     except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, NotDistributed):
+            raise
         raise NotDistributed(
-            f"rank {topology.rank} on {topology.host} could not connect to the other {topology.world_size - 1} ranks "
-            f"at {where} (MASTER_ADDR:MASTER_PORT): {error}"
+            f"{failed} within {settings.agree_timeout:.0f} s (MASTER_ADDR={address}). Every rank must make the same "
+            f"call, and reach rank 0 there; to work in this process alone, pass coordinate=False. {error}"
         ) from error
-    return found
 
 
-def _leave_together(store: Store, topology: Topology, settings: Settings) -> None:
+def _leave_together(store: Store, topology: Topology, settings: Settings, key: str) -> None:
     """Wait for the other ranks: the store may be in rank 0, and a launcher ends all ranks as soon as one rank fails."""
     from torch import distributed as dist
 
-    mine, first = f"weightferry/bye/{topology.rank}", "weightferry/bye/0"
-    others = [f"weightferry/bye/{rank}" for rank in range(1, topology.world_size)]
+    others = [f"{key}/{rank}" for rank in range(1, topology.world_size)]
     limit = timedelta(seconds=settings.beat_timeout)
     with contextlib.suppress(dist.DistError):
         if topology.rank == 0:
             store.wait(others, limit)
-            store.set(first, "")
-            store.wait([f"{first}/read"], limit)
+            store.set(f"{key}/0", "")
+            store.wait([f"{key}/0/read"], limit)
         else:
-            store.set(mine, "")
-            store.wait([first], limit)
-            if store.add("weightferry/bye", 1) == topology.world_size - 1:
-                store.set(f"{first}/read", "")
+            store.set(f"{key}/{topology.rank}", "")
+            store.wait([f"{key}/0"], limit)
+            if store.add(key, 1) == topology.world_size - 1:
+                store.set(f"{key}/0/read", "")
 
 
 def master(topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:

@@ -146,6 +146,10 @@ class Coordinator(ABC):
         """Return the progress of all ranks that this rank knows of; rank 0 knows all of them."""
         return {self.rank: self.progress()}
 
+    def address(self) -> str:
+        """Return the IP address by which other nodes reach this rank; empty if it is unknown."""
+        return ""
+
     @abstractmethod
     def scoped_store(self, name: str) -> AbstractContextManager[Any]:
         """Open a `torch.distributed` store for some ranks of this operation, with all keys below `name`.

@@ -13,16 +13,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
+from weightferry.cluster.call_site import find_call_site
 from weightferry.cluster.collector import JobState, ResultCollector
 from weightferry.cluster.coordinator import Aborted, Coordinator
-from weightferry.cluster.heartbeat import Heartbeat, HeartbeatSender, heartbeat_key
+from weightferry.cluster.heartbeat import Heartbeat, HeartbeatSender, describe_calls, heartbeat_key
+from weightferry.cluster.interfaces import local_address
 from weightferry.cluster.results import PhaseResult, RankResult
-from weightferry.cluster.store import RecordingStore, StoreClients, clone, put
+from weightferry.cluster.store import RecordingStore, StoreClients, clone, put, store_host
 from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.report.rank_progress import Progress
@@ -30,6 +33,8 @@ from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# By operation, the function that users call.
+_FUNCTIONS = {"collect": "collect_files", "load": "load_collected"}
 _POLL = 0.02  # seconds between two looks whether all ranks know of a failure
 
 T = TypeVar("T")
@@ -54,6 +59,8 @@ class DistributedCoordinator(Coordinator):
         By rank of the operation, the rank in the job.
     operation
         Name of the operation, for errors.
+    caller
+        The frame of the user's code that made the call, for warnings about ranks that do not make it.
     """
 
     def __init__(
@@ -65,10 +72,12 @@ class DistributedCoordinator(Coordinator):
         topology: Topology,
         settings: Settings,
         operation: str = "",
+        caller: FrameType | None = None,
     ) -> None:
         super().__init__(rank, len(job_ranks), topology.host, f"{topology.host}/{topology.node_rank}", job_ranks)
         self._clients, self._settings, self._prefix = clients, settings, prefix
         self.operation = operation
+        self._function, self._caller = _FUNCTIONS.get(operation, operation), caller
         self._began = time.monotonic()
         self._phases: list[str] = []  # all phases so far, by their names in the store
         self._failed_phases: list[str] = []
@@ -95,6 +104,8 @@ class DistributedCoordinator(Coordinator):
             current_phase=lambda: self._phases[-1] if self._phases else "",
             progress=self.progress,
             describe=lambda result: str(result.error(self) or ""),
+            call_site=lambda: find_call_site(self._function, self._caller),
+            job_ranks=self.job_ranks,
         )
 
     def check(self) -> None:
@@ -106,6 +117,14 @@ class DistributedCoordinator(Coordinator):
     def job_progress(self) -> Mapping[int, Progress]:
         """See `Coordinator.job_progress`."""
         return {**self._job.progress, **super().job_progress()}
+
+    def address(self) -> str:
+        """See `Coordinator.address`: the address that this machine uses towards the job's store.
+
+        On the machine of the store it may be a loopback address.
+        """
+        host = store_host(self._clients.store)
+        return local_address(host) if host else ""
 
     @contextlib.contextmanager
     def scoped_store(self, name: str) -> Iterator[dist.Store]:
@@ -165,7 +184,8 @@ class DistributedCoordinator(Coordinator):
     def _check_rank0_called(self, phase: str) -> None:
         waited = time.monotonic() - self._began
         if waited > self._settings.agree_timeout:
-            raise self._rank0_lost(phase, f"no call in {waited:.0f} s")
+            calls = describe_calls(self._barrier.store, self.job_ranks)
+            raise self._rank0_lost(phase, f"no call in {waited:.0f} s: {calls}")
         logger.warning("waiting for %.0f s for rank %d, which has not called yet", waited, self.job_ranks[0])
 
     def _acknowledge_failure(self, key: str, result: PhaseResult) -> None:
@@ -228,6 +248,7 @@ class DistributedCoordinator(Coordinator):
     def close(self) -> None:
         """See `Coordinator.close`; the last rank to leave removes the keys of the operation."""
         self._heartbeats.stop()
+        self._caller = None  # a frame keeps its local variables alive
         if self._heartbeats.is_cut_off():
             return  # the thread may be inside a call that does not return
         while not self._heartbeats.join(_POLL):
@@ -241,5 +262,6 @@ class DistributedCoordinator(Coordinator):
         store.delete_key(heartbeat_key(self.rank))
         if store.add("left", 1) == self.world_size:
             self._barrier.remove_keys(self._phases, self._failed_phases)
+            self._barrier.remove_text("calls")
             store.delete_key("informed")
             store.delete_key("left")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
+from weightferry.cluster.call_site import CallSite
 from weightferry.cluster.results import PhaseResult
 from weightferry.cluster.store import put
+from weightferry.errors import format_ranks
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_REPORT_AFTER = 8.0
+"""Seconds without a result of the first phase after which a rank says which ranks have called and which have not."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +35,21 @@ class Heartbeat:
         Number of heartbeats before this one.
     progress
         Progress of the rank; None while no bytes are expected.
+    call
+        Where the user's code made the call; None after the first phase, and in the first seconds of it.
+    phase
+        Name in the store of the phase that the rank works in; empty when `call` is None.
     """
 
     count: int
     progress: Progress | None = None
+    call: CallSite | None = None
+    phase: str = ""
 
     def dumps(self) -> bytes:
         """Return the pickled heartbeat, small: the store holds one for every rank."""
         active = self.progress and (self.progress.expected or self.progress.wait_reason)
-        return pickle.dumps((self.count, self.progress if active else None))
+        return pickle.dumps((self.count, self.progress if active else None, self.call, self.phase))
 
     @classmethod
     def loads(cls, data: bytes) -> Heartbeat:
@@ -46,6 +60,35 @@ class Heartbeat:
 def heartbeat_key(rank: int) -> str:
     """Return the key below the operation's prefix that holds the latest heartbeat of `rank`."""
     return f"heartbeat/{rank}"
+
+
+def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
+    """Return which ranks have made the call, from where, and which have not; reads the heartbeats of all ranks.
+
+    Parameters
+    ----------
+    store
+        A client that no other thread waits on, below the prefix of the operation.
+    job_ranks
+        By rank of the operation, the rank in the job.
+    """
+    callers: dict[str, list[int]] = {}
+    absent: list[int] = []
+    guarded = False
+    for rank, job_rank in enumerate(job_ranks):
+        if not store.check([heartbeat_key(rank)]):
+            absent.append(job_rank)
+            continue
+        call = Heartbeat.loads(store.get(heartbeat_key(rank))).call
+        guarded |= bool(call and call.guard)
+        callers.setdefault(f"calls {call}" if call else "has called", []).append(job_rank)
+    said = [f"rank{'s' * (len(ranks) > 1)} {format_ranks(ranks)} {text}" for text, ranks in callers.items()]
+    if absent:
+        said.append(
+            f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} {'have' if absent[1:] else 'has'} not called"
+        )
+    advice = "call it on every rank, without the guard" if guarded else "every rank must make the same call"
+    return f"{'; '.join(said)}. It is collective: {advice}, or pass coordinate=False for this process alone."
 
 
 class HeartbeatSender:
@@ -69,6 +112,10 @@ class HeartbeatSender:
         Returns the progress of this rank.
     describe
         Returns the error text of a failed phase, or an empty text.
+    call_site
+        Returns where the user's code made the call.
+    job_ranks
+        By rank of the operation, the rank in the job.
     """
 
     def __init__(
@@ -80,9 +127,15 @@ class HeartbeatSender:
         current_phase: Callable[[], str],
         progress: Callable[[], Progress],
         describe: Callable[[PhaseResult], str],
+        call_site: Callable[[], CallSite],
+        job_ranks: Sequence[int],
     ) -> None:
         self._rank, self._settings, self._open_store, self._barrier = rank, settings, open_store, barrier
         self._current_phase, self._progress, self._describe = current_phase, progress, describe
+        self._call_site, self._job_ranks = call_site, job_ranks
+        self._call: CallSite | None = None
+        self._reported = False
+        self._began = time.monotonic()
         self._cut_off = threading.Event()  # the store is gone, or rank 0 is silent: no phase will get a result
         self._store_answered = time.monotonic()
         self._ended = threading.Event()
@@ -120,12 +173,14 @@ class HeartbeatSender:
             while not self._ended.wait(self._settings.beat_interval):
                 store = self._open_store()
                 sent += 1
-                put(store, heartbeat_key(self._rank), Heartbeat(sent, self._progress()).dumps())
+                put(store, heartbeat_key(self._rank), self._heartbeat(sent).dumps())
                 if self._barrier:
                     self._barrier.tick()
                 barrier, phase = StoreBarrier(store), self._current_phase()
                 if phase and (result := barrier.result(phase)) is not None:
                     self._reason, self._finished_phase = self._describe(result), phase
+                elif self._in_first_phase() and not self._reported:
+                    self._report_calls(barrier)
                 ticks = barrier.ticks()
                 self._store_answered = time.monotonic()
                 if ticks != last_tick[0]:
@@ -134,6 +189,29 @@ class HeartbeatSender:
                     self._cut_off.set()
         except dist.DistError:
             self._cut_off.set()  # the thread that waits on the store raises the error
+
+    def _in_first_phase(self) -> bool:
+        return self._current_phase().startswith("0-")
+
+    def _heartbeat(self, sent: int) -> Heartbeat:
+        if not self._in_first_phase():
+            return Heartbeat(sent, self._progress())
+        if self._call is None:
+            # Not earlier: most operations are over before the first heartbeat, and this parses the user's file.
+            self._call = self._call_site()
+            if self._call.guard:
+                logger.warning("%s: it is collective, so call it on every rank, without the guard", self._call)
+        return Heartbeat(sent, self._progress(), self._call, self._current_phase())
+
+    def _report_calls(self, barrier: StoreBarrier) -> None:
+        """Log once which ranks have made the call: one waiting rank finds out, and the others read it."""
+        waited = time.monotonic() - self._began
+        if waited < min(_REPORT_AFTER, self._settings.agree_timeout / 2):
+            return
+        text = barrier.shared_text("calls", lambda: describe_calls(barrier.store, self._job_ranks))
+        if text is not None:
+            self._reported = True
+            logger.warning("waiting for %.0f s for all ranks to call: %s", waited, text)
 
 
 class StallDetector:

@@ -28,6 +28,13 @@ def clone(store: dist.Store) -> dist.Store:
     return other
 
 
+def store_host(store: dist.Store) -> str:
+    """Return the name or address of the machine that holds a store; empty for a store without a server."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return str(store.host) if isinstance(store, dist.TCPStore) else ""
+
+
 def call_abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
     """Run `work` in a thread of its own and return its value; `check` may raise to give up the wait.
 

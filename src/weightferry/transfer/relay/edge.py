@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from weightferry.cluster.interfaces import interface_towards
+from weightferry.cluster.interfaces import interface_of, interface_towards, is_loopback
 from weightferry.cluster.store import RecordingStore
 from weightferry.errors import CollectError
 from weightferry.origins.retry import Monitor
@@ -93,23 +93,32 @@ def _gloo_errors(neighbour: Neighbour) -> Iterator[None]:
         raise BrokenEdge(f"the connection to {neighbour} broke: {error}") from error
 
 
-def connect(store: RecordingStore, side: int, neighbour: Neighbour, settings: Settings, monitor: Monitor) -> Edge:
+def connect(
+    store: RecordingStore, side: int, neighbour: Neighbour, settings: Settings, monitor: Monitor, address: str = ""
+) -> Edge:
     """Connect to a neighbour; side 0 sends, side 1 receives.
 
-    No leader waits inside gloo for a neighbour that may never come: both announce themselves on the store first.
+    No leader waits inside gloo for a neighbour that may never come: both announce themselves on the store first, with
+    the address by which they are reached. So no host name has to resolve.
+
+    Parameters
+    ----------
+    address
+        The address of this rank, as `Coordinator.address` gives it.
     """
-    store.set(f"here/{side}", "")
+    store.set(f"here/{side}", address)
     pause, longest = POLL
     while not store.check([f"here/{1 - side}"]):
         monitor.check()
         time.sleep(pause)
         pause = min(2 * pause, longest)
+    peer_address = store.get(f"here/{1 - side}").decode()
     timeout = timedelta(seconds=2 * settings.beat_timeout)
     gloo_store = dist.PrefixStore("gloo", store)
     # The type stubs (torch 2.13) know only that this class exists.
     gloo: Any = dist.ProcessGroupGloo
     options: Any = timeout
-    interface = "" if os.environ.get("GLOO_SOCKET_IFNAME") else interface_towards(neighbour.host)
+    interface = "" if os.environ.get("GLOO_SOCKET_IFNAME") else _interface(address, peer_address, neighbour)
     with _gloo_errors(neighbour):
         if interface:
             options = gloo._Options()  # noqa: SLF001 -- the only way to choose a device
@@ -117,3 +126,13 @@ def connect(store: RecordingStore, side: int, neighbour: Neighbour, settings: Se
         # The neighbour may die while gloo connects, and this leader must still learn the result of the operation.
         group = store.run_blocking(lambda: gloo(gloo_store, side, 2, options), monitor.check)
         return Edge(group, settings, neighbour)
+
+
+def _interface(address: str, peer_address: str, neighbour: Neighbour) -> str:
+    """Choose the interface of an edge: the one that leads to the job's store, or else to the neighbour."""
+    if address and not is_loopback(address):
+        return interface_of(address)
+    # The store is on this machine. The address of the neighbour shows the interface that other machines reach.
+    if peer_address and not is_loopback(peer_address):
+        return interface_towards(peer_address)
+    return interface_of(address) if address and peer_address else interface_towards(neighbour.host)

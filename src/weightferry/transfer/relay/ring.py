@@ -48,7 +48,7 @@ def join_ring(
             store = stores.enter_context(coordinator.scoped_store(f"edge/{task.attempt}/{left}-{right}"))
             with _await_cause(settings, session):
                 neighbour = Neighbour(coordinator.job_ranks[peer], task.hosts[peer])
-                edge = connect(store, int(right == leader), neighbour, settings, session)
+                edge = connect(store, int(right == leader), neighbour, settings, session, coordinator.address())
             if left == leader:
                 threads = {"send": Sender(edge, relay_queue, piece_store, plan.pieces, session).run}
             else:
