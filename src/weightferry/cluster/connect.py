@@ -72,10 +72,8 @@ def process_group_coordinator(
     store, ranks = _members(group) if not alone else (None, (topology.rank,))
     with contextlib.ExitStack() as stack:
         if not ranks and topology.world_size > 1:
-            ranks, store = (
-                tuple(range(topology.world_size)),
-                _meet_before_process_group(topology, settings, name, caller),
-            )
+            store = _meet_before_process_group(topology, settings, name, caller)
+            ranks = tuple(range(topology.world_size))
             number = _operations[ranks]
             stack.callback(lambda: _leave_together(store, topology, settings, f"weightferry/bye-{number}"))
         coordinator = (
@@ -199,6 +197,7 @@ def _connect_store(topology: Topology, settings: Settings, call: str, port: int,
 
     def connect() -> Store:
         if _has_agent_store():
+            agent_store: Store
             agent_store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
             return agent_store
         return dist.TCPStore(address, port, topology.world_size, topology.rank == 0, timeout)

@@ -84,9 +84,7 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
         callers.setdefault(f"calls {call}" if call else "has called", []).append(job_rank)
     said = [f"rank{'s' * (len(ranks) > 1)} {format_ranks(ranks)} {text}" for text, ranks in callers.items()]
     if absent:
-        said.append(
-            f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} {'have' if absent[1:] else 'has'} not called"
-        )
+        said.append(f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} did not call yet")
     advice = "call it on every rank, without the guard" if guarded else "every rank must make the same call"
     return f"{'; '.join(said)}. It is collective: {advice}, or pass coordinate=False for this process alone."
 
