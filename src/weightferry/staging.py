@@ -61,6 +61,7 @@ def stage(
     to: str | Path | None = None,
     group: ProcessGroup | None = None,
     lockfile: str | Path | None = None,
+    coordinate: bool = True,
 ) -> Path:
     """Stage a whole source on every node; collective: every rank calls it.
 
@@ -82,6 +83,9 @@ def stage(
     lockfile
         A file that ``weightferry prefetch`` wrote. The call uses its commits and checksums and asks no origin for
         metadata. It fails at once if a file is in no cache and no rank can read it.
+    coordinate
+        False: this process alone stages the source, for code that runs on some ranks only (``if rank == 0:``,
+        Lightning's ``prepare_data``). Processes that share a cache folder still download a file once.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def stage(
     """
     settings = Settings.from_environ(cache_dir=cache_dir)
     make_request = partial(_whole_source, source, to, revision=revision, allow=allow_patterns, ignore=ignore_patterns)
-    with process_group_coordinator(settings, "stage", group=group) as coordinator:
+    with process_group_coordinator(settings, "stage", group=group, alone=not coordinate) as coordinator:
         return collect(make_request, coordinator, settings, lockfile=absolute_path(lockfile)).paths[""]
 
 

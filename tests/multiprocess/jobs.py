@@ -52,6 +52,27 @@ def rank() -> int:
     return dist.get_rank()
 
 
+def wait(seconds: float) -> None:
+    """Let the other ranks go on."""
+    import time
+
+    time.sleep(seconds)
+
+
+def record_warnings() -> list[str]:
+    """Return a list to which every warning of the package is added from now on."""
+    import logging
+
+    messages: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logging.getLogger("weightferry").addHandler(Handler(logging.WARNING))
+    return messages
+
+
 def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
     """Stage a source; the path, and by relative path the SHA-256 of what this rank reads there."""
     path = weightferry.stage(source, **options)

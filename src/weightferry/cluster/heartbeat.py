@@ -81,8 +81,11 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
             continue
         call = Heartbeat.loads(store.get(heartbeat_key(rank))).call
         guarded |= bool(call and call.guard)
-        callers.setdefault(f"calls {call}" if call else "has called", []).append(job_rank)
-    said = [f"rank{'s' * (len(ranks) > 1)} {format_ranks(ranks)} {text}" for text, ranks in callers.items()]
+        callers.setdefault(str(call) if call else "", []).append(job_rank)
+    said = [
+        f"ranks {format_ranks(ranks)} call {text}" if ranks[1:] else f"rank {ranks[0]} calls {text}"
+        for text, ranks in ((text or "this function", ranks) for text, ranks in callers.items())
+    ]
     if absent:
         said.append(f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} did not call yet")
     advice = "call it on every rank, without the guard" if guarded else "every rank must make the same call"
