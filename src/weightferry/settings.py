@@ -13,6 +13,7 @@ from weightferry.errors import BadRequest
 
 PREFIX = "WEIGHTFERRY_"
 _MAY_BE_ZERO = _SIZES = {"min_free", "max_size"}
+_SWITCHES = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Settings:
         Maximum size of the content of a cache in bytes. The environment variable accepts a unit. To make room for
         missing files, the content that was staged longest ago is evicted, but none that a running process uses. 0 means
         no limit: nothing is ever evicted. Default 0.
+    offline_fallback : bool
+        Whether a branch or tag of the Hub is taken to be at the commit that the caches know, with one warning for the
+        job, when the Hub gives no answer within `connect_timeout`, at most 3.5 s. False (in the environment variable
+        ``0``): then the request is retried, and fails with `OriginUnreachable`. A refusal of the Hub always fails. A
+        full commit id is not looked up. Default True.
     allow_globals : tuple of str
         Names (``module.name``) that a pickle may use in addition to tensors and plain containers, for every file. In
         the environment variable, separate them by commas. `LoadOptions` allows names for a single file. Default none.
@@ -100,12 +106,14 @@ class Settings:
     partial_ttl: float = 86400.0
     min_free: int = 0
     max_size: int = 0
+    offline_fallback: bool = True
     allow_globals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if isinstance(value, int | float) and not (value > 0 or (value == 0 and spec.name in _MAY_BE_ZERO)):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and not (value > 0 or (value == 0 and spec.name in _MAY_BE_ZERO)):
                 least = "0 or more" if spec.name in _MAY_BE_ZERO else "above 0"
                 raise BadRequest(f"setting {spec.name} is {value}, but must be {least}")
         if self.beat_timeout < 2 * self.beat_interval:
@@ -121,7 +129,7 @@ class Settings:
         Raises
         ------
         BadRequest
-            A variable is not a number or not a size, or a value is out of range.
+            A variable is not a number, a size or a switch as it must be, or a value is out of range.
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {"cache_dir": default_cache_dir(environ)}
@@ -168,6 +176,10 @@ def _parse(name: str, text: str, type_name: str) -> Any:
         return text
     if type_name.startswith("tuple"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if type_name == "bool":
+        if text.strip().lower() not in _SWITCHES:
+            raise BadRequest(f"{PREFIX}{name.upper()} is {text!r}, but must be 0 or 1")
+        return _SWITCHES[text.strip().lower()]
     try:
         if name in _SIZES:
             return byte_count(text)

@@ -133,7 +133,7 @@ def collect(
     rank_request, job = agree(coordinator, partial(prepare_request, make_request, layout, settings), settings)
     resolution = resolve(coordinator, job, settings, lockfile)
     manifest = resolution.manifest
-    with open_domain(coordinator, job, manifest, settings, origin_reachable=lockfile is None) as state:
+    with open_domain(coordinator, job, manifest, settings, origin_reachable=resolution.origin_answered) as state:
         suspects: Collection[int] = ()
         for attempt in range(1, ATTEMPTS + 1):
             surveys = survey(coordinator, state, suspects)
@@ -142,7 +142,7 @@ def collect(
             suspects = transfer(coordinator, state, surveys, partial(plan, manifest, surveys), attempt)
             if not suspects:
                 break
-    publish_files = partial(publish, layout, manifest, state.tier_paths)
+    publish_files = partial(publish, layout, manifest, resolution.listings, state.tier_paths)
     make_report = partial(build_report, coordinator.operation, job.ranks, job.nodes, manifest, began)
     paths, report = link(coordinator, rank_request, resolution, state, publish_files, make_report)
     return Collected(paths, report, manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -77,6 +78,18 @@ def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
     """Stage a source; the path, and by relative path the SHA-256 of what this rank reads there."""
     path = weightferry.stage(source, **options)
     return path, _sha256s(path)
+
+
+def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Make the call; its value, and the warnings of weightferry that this rank logged meanwhile."""
+    handler, texts = logging.Handler(logging.WARNING), list[str]()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("weightferry")
+    logger.addHandler(handler)
+    try:
+        return call(), texts
+    finally:
+        logger.removeHandler(handler)
 
 
 def report(source: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def test_every_field_has_a_variable() -> None:
     variables = {f"WEIGHTFERRY_{name.upper()}": 40 + position for position, name in enumerate(names)}
     variables |= {"WEIGHTFERRY_BEAT_INTERVAL": 2, "WEIGHTFERRY_CACHE_DIR": "/cache"}  # type: ignore[dict-item]
     variables |= {"WEIGHTFERRY_CACHE_TIERS": "/sw/weights,~/mine"}  # type: ignore[dict-item]
+    variables |= {"WEIGHTFERRY_OFFLINE_FALLBACK": False}
     read = Settings.from_environ(environ(**variables))
     for name in names:
         assert str(getattr(read, name)).strip("(',)").removesuffix(".0") == str(
@@ -61,12 +62,21 @@ def test_the_cache_folder_is_absolute(variables: dict[str, str], folder: Path) -
         ("READ_TIMEOUT", "0"),
         ("READ_TIMEOUT", "nan"),
         ("BEAT_TIMEOUT", "3"),
+        ("OFFLINE_FALLBACK", "never"),
+        ("OFFLINE_FALLBACK", "2"),
     ],
 )
 def test_bad_values_name_the_setting(name: str, text: str) -> None:
     with pytest.raises(BadRequest, match=f"(?i){name}") as raised:
         Settings.from_environ({f"WEIGHTFERRY_{name}": text})
     assert text.rstrip("s") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", False), ("false", False), ("off", False), ("1", True), ("Yes", True)]
+)
+def test_switches(text: str, value: bool) -> None:
+    assert Settings.from_environ({"WEIGHTFERRY_OFFLINE_FALLBACK": text}).offline_fallback is value
 
 
 def test_settings_are_immutable() -> None:

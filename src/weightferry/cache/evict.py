@@ -163,6 +163,7 @@ def remove_commit(layout: CacheLayout, repo: Path, commit: str) -> int | None:
     size = _remove_blobs(layout, source, {blob for found in remaining for blob in found.blobs})
     with contextlib.suppress(OSError):
         layout.used_note(repo.name, commit).unlink()
+    shutil.rmtree(layout.manifests_of_commit(repo.name, commit), ignore_errors=True)
     if not remaining:
         shutil.rmtree(repo, ignore_errors=True)
         _remove_notes(layout, repo)
@@ -202,7 +203,7 @@ def _remove_blobs(layout: CacheLayout, source: CachedSource, keep: Collection[st
 
 def _remove_notes(layout: CacheLayout, repo: Path) -> None:
     """Remove the notes about a source that was removed. Its lock file stays: another process may wait for it."""
-    for notes in (layout.used_notes(repo.name), layout.verified_of(repo)):
+    for notes in (layout.used_notes(repo.name), layout.verified_of(repo), layout.manifests(repo.name)):
         shutil.rmtree(notes, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@
         .locks/...
       partial/        incomplete files, each with its journal; no file here has its final name
       verified/       notes about content that was hashed since it last changed
+      manifests/      by source and commit: what the Hub said about the files of the commit, a file for each answer
       used/           by source: COMMIT, touched when it is staged; NAME.lock, held by each process that uses it;
                       NAME.keep, the mark of a pinned source
       space.lock      held by the leader that makes room and reserves space
@@ -29,7 +30,7 @@ from pathlib import Path
 from weightferry.manifest import File, PinnedSource
 from weightferry.sources import safe_path
 
-_OWN_FOLDERS = ("hub", "objects", "partial", "verified", "used")
+_OWN_FOLDERS = ("hub", "objects", "partial", "verified", "manifests", "used")
 
 
 class CacheLayout:
@@ -174,6 +175,18 @@ class CacheLayout:
     def small_files_lock(self, pinned: PinnedSource) -> Path:
         """Return the lock of all small files of a source together."""
         return self._source_root(pinned) / ".locks" / self._folder_name(pinned) / "small-files.lock"
+
+    def manifests(self, folder: str) -> Path:
+        """Return the folder with the manifests of all commits of a source; `folder` is the name of its folder."""
+        return self.root / "manifests" / folder
+
+    def manifests_of_commit(self, folder: str, commit: str) -> Path:
+        """Return the folder with the answers of the Hub about one commit of a source."""
+        return self.manifests(folder) / commit
+
+    def manifest(self, folder: str, commit: str, question: str) -> Path:
+        """Return the file with one answer of the Hub; `question` is a digest of the revision and paths it is about."""
+        return self.manifests_of_commit(folder, commit) / f"{question}.json"
 
     def used_lock(self, folder: str) -> Path:
         """Return the lock that every process holds while it uses a source; `folder` is the name of its folder."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol
 
-from weightferry.errors import BadRequest, Failure, OriginError
+from weightferry.errors import BadRequest, Failure, OriginError, SourceNotFound
 from weightferry.manifest import PinnedSource
 from weightferry.settings import Settings
 from weightferry.sources import Source
@@ -114,6 +114,10 @@ class Busy(TransientOriginError):
     """The origin answered that it is overloaded; fewer requests at the same time may succeed."""
 
 
+class RateLimited(Busy):
+    """The origin answered that it got too many requests from this client (HTTP 429). It works, and says when to ask."""
+
+
 class RangeIgnored(Exception):
     """The origin answered a range request with the whole file."""
 
@@ -140,6 +144,21 @@ def origin_for(scheme: str, settings: Settings) -> Origin:
 def is_below(name: str, path: str) -> bool:
     """Return whether the file `name` is `path` or lies below it; an empty path is the root."""
     return path in ("", name) or name.startswith(f"{path}/")
+
+
+def select_below(path: str, names: Sequence[str], subject: str) -> list[str]:
+    """Return the names of a repository's files that are `path` or lie below it.
+
+    Raises
+    ------
+    SourceNotFound
+        There is none.
+    """
+    selected = [name for name in names if is_below(name, path)]
+    if path and not selected:
+        hint = suggest_similar(path, names)
+        raise SourceNotFound(f"no file or folder {path!r} in the repository{hint}", subject=f"{subject}/{path}")
+    return selected
 
 
 def suggest_similar(name: str, existing: Sequence[str]) -> str:

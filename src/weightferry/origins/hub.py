@@ -11,10 +11,10 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from weightferry._version import __version__
-from weightferry.errors import OriginError, SourceNotFound
+from weightferry.errors import OriginError
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, PinnedSource
-from weightferry.origins.base import Unreachable, is_below, path_outside_source, suggest_similar
+from weightferry.origins.base import Unreachable, path_outside_source, select_below
 from weightferry.origins.hub_cache import is_offline
 from weightferry.origins.hub_content import HubContent, content_url, headers
 from weightferry.origins.hub_errors import access_denied, hub_errors
@@ -36,6 +36,7 @@ class HubOrigin:
         self._read_timeout = settings.read_timeout
         self._api = HfApi(library_name="weightferry", library_version=__version__)
         self._content = HubContent(settings)
+        get_session()  # takes a good part of a second, which must not count as time of the first request
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
@@ -49,10 +50,29 @@ class HubOrigin:
                 files_metadata=True,
             )
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        selected = {name for path in paths for name in _select_files(path, list(siblings), subject)}
+        selected = {name for path in paths for name in select_below(path, list(siblings), subject)}
         commit = _check_hex(info.sha or "", 40, subject)
         files = tuple(_to_file(sibling, subject) for name, sibling in siblings.items() if name in selected)
         return PinnedSource(source, commit, files)
+
+    def find_commit(self, source: Source, timeout: float) -> str:
+        """Look up the current commit of a branch or tag with one small request, whatever the number of files.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for a connection, and again for the answer.
+
+        Raises
+        ------
+        SourceNotFound, AccessDenied, OriginError
+        """
+        subject, only_the_commit = str(source), dict[str, Any](expand=["sha"])
+        with translate_http_errors(subject), hub_errors(source, subject):
+            info: Any = self._api.repo_info(
+                source.root, revision=source.revision, repo_type=source.repo_type, timeout=timeout, **only_the_commit
+            )
+        return _check_hex(info.sha or "", 40, subject)
 
     @contextmanager
     def read(
@@ -96,14 +116,6 @@ class HubOrigin:
     def close(self) -> None:
         """See `Origin.close`."""
         self._content.close()
-
-
-def _select_files(path: str, names: Sequence[str], subject: str) -> list[str]:
-    selected = [name for name in names if is_below(name, path)]
-    if path and not selected:
-        hint = suggest_similar(path, names)
-        raise SourceNotFound(f"no file or folder {path!r} in the repository{hint}", subject=f"{subject}/{path}")
-    return selected
 
 
 def _to_file(sibling: Any, subject: str) -> File:

@@ -54,7 +54,7 @@ class Lockfile:
                     "again with `weightferry prefetch`",
                     subject=str(path),
                 )
-            return cls(path, tuple(_from_json(source) for source in data["sources"]))
+            return cls(path, tuple(pinned_from_json(source) for source in data["sources"]))
         except OSError as error:
             raise BadRequest(f"the lock file cannot be read: {error.strerror or error}", subject=str(path)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -74,7 +74,7 @@ class Lockfile:
         BadRequest
             The URL of a source has a signature: it would be a secret in a file, and it expires.
         """
-        sources = [_to_json(pinned) for pinned in manifest.sources]
+        sources = [pinned_to_json(pinned) for pinned in manifest.sources]
         return json.dumps({"version": _VERSION, "sources": sources}, indent=2) + "\n"
 
     def origins(self, read_cached: ReadCached) -> Callable[[str, Settings], Origin]:
@@ -126,7 +126,7 @@ class _LockedOrigin:
         """See `Origin.read`."""
         content = self._read_cached(pinned, pinned.file(path))
         if content is not None:
-            return _open_bytes(content[start:stop])
+            return open_bytes(content[start:stop])
         self._real = self._real or origin_for(self._scheme, self._settings)
         return self._real.read(pinned, path, start, stop)
 
@@ -140,11 +140,19 @@ class _LockedOrigin:
 
 
 @contextmanager
-def _open_bytes(content: bytes) -> Iterator[Iterator[bytes]]:
+def open_bytes(content: bytes) -> Iterator[Iterator[bytes]]:
+    """Open bytes in memory as `Origin.read` opens those of an origin."""
     yield iter((content,))
 
 
-def _to_json(pinned: PinnedSource) -> dict[str, Any]:
+def pinned_to_json(pinned: PinnedSource) -> dict[str, Any]:
+    """Return a pinned source as plain values for JSON.
+
+    Raises
+    ------
+    BadRequest
+        The URL of the source has a signature.
+    """
     source = pinned.source
     if source.query and not source.identity.endswith(f"?{source.query}"):
         raise BadRequest(
@@ -171,7 +179,14 @@ def _to_json(pinned: PinnedSource) -> dict[str, Any]:
     }
 
 
-def _from_json(data: dict[str, Any]) -> PinnedSource:
+def pinned_from_json(data: dict[str, Any]) -> PinnedSource:
+    """Return the pinned source that `pinned_to_json` turned into `data`.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, AttributeError
+        `data` is something else.
+    """
     source = Source(
         data["scheme"], data["root"], data["path"], data["revision"], repo_type=data["repo_type"], query=data["query"]
     )

@@ -14,6 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from weightferry.errors import BadRequest, error_context
 from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.origins.base import Origin, is_below, origin_for
+from weightferry.origins.known_commits import Fallback
+from weightferry.origins.listing import Listing
 from weightferry.origins.retry import Monitor, call_with_retries
 from weightferry.origins.shard_index import read_shard_paths
 from weightferry.settings import Settings
@@ -43,10 +45,25 @@ class RequestedFiles:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A manifest, and the files in it for each request."""
+    """A manifest, and the files in it for each request.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    found : mapping of SourceRequest to RequestedFiles
+    listings : tuple of Listing
+        What was learned about Hub repositories, for the caches to keep.
+    fallbacks : tuple of Fallback
+        The branches whose commit is the one that a cache knew, since the Hub gave no answer.
+    origin_answered : bool
+        Whether every origin was asked in this call. False: some of the manifest comes from a cache or a lock file.
+    """
 
     manifest: Manifest
     found: Mapping[SourceRequest, RequestedFiles]
+    listings: tuple[Listing, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    origin_answered: bool = True
 
 
 def pin_sources(
@@ -78,12 +95,11 @@ def pin_sources(
         The text of a source is invalid, its origin failed, or its patterns match no file.
     """
     sources = {request: _parse(request) for request in requests}
-    by_root: dict[Source, list[SourceRequest]] = {}
     for request, source in sources.items():
-        by_root.setdefault(replace(source, path=""), []).append(request)
+        _log_guess(request, source)
     pinned_sources: list[PinnedSource] = []
     found: dict[SourceRequest, RequestedFiles] = {}
-    for root, same_root in by_root.items():
+    for root, same_root in _by_root(sources).items():
         paths = list(dict.fromkeys(sources[request].path for request in same_root))
         with error_context(subject=str(sources[same_root[0]])), closing(origins(root.scheme, settings)) as origin:
             pinned = call_with_retries(
@@ -114,13 +130,31 @@ def pin_sources(
     return Resolution(Manifest(tuple(pinned_sources)), found)
 
 
+def requested_paths(requests: Collection[SourceRequest]) -> dict[Source, tuple[str, ...]]:
+    """Return the paths that are requested of each source, by the source without its path."""
+    sources = {request: _parse(request) for request in requests}
+    return {
+        root: tuple(dict.fromkeys(sources[request].path for request in same_root))
+        for root, same_root in _by_root(sources).items()
+    }
+
+
+def _by_root(sources: Mapping[SourceRequest, Source]) -> dict[Source, list[SourceRequest]]:
+    by_root: dict[Source, list[SourceRequest]] = {}
+    for request, source in sources.items():
+        by_root.setdefault(replace(source, path=""), []).append(request)
+    return by_root
+
+
 def _parse(request: SourceRequest) -> Source:
-    source = parse_source(request, lambda text: Path(text).is_dir())
+    return parse_source(request, lambda text: Path(text).is_dir())
+
+
+def _log_guess(request: SourceRequest, source: Source) -> None:
     if request.kind is None and source.scheme == "file" and "://" not in request.source:
         logger.info("%s: using the local folder of this name", request)
     elif source.guessed:
         logger.info("%s: no local folder of this name; using the Hugging Face Hub repository", request)
-    return source
 
 
 def _select_files(request: SourceRequest, path: str, pinned: PinnedSource) -> tuple[str, ...]:

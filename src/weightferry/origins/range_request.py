@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceChanged, SourceNotFound, redact
-from weightferry.origins.base import Busy, RangeIgnored, Silent, TransientOriginError, Unreachable
+from weightferry.origins.base import Busy, RangeIgnored, RateLimited, Silent, TransientOriginError, Unreachable
 from weightferry.origins.transport import httpx
 
 # By definition a client may retry after 408 and 425, and after 429 by RFC 6585. 5xx are errors of the server; 501 and
@@ -152,7 +152,7 @@ def status_error(status: int, headers: Mapping[str, str], subject: str, detail: 
     if status in (404, 410):
         return SourceNotFound(text, subject=subject)
     if status in _TRANSIENT:
-        kind = Busy if status in _BUSY else TransientOriginError
+        kind = RateLimited if status == 429 else Busy if status in _BUSY else TransientOriginError
         return kind(text, subject=subject, retry_after=_retry_after(headers))
     return OriginError(text, subject=subject)
 

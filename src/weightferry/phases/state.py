@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +41,14 @@ class DomainState:
     probe_origins : bool
         Whether the leaders must test if they reach the origins: more than one leader could read, or no origin has
         answered in this call.
+    peers_first : bool
+        Whether they test it only for files that no domain has. So a job whose manifest came from a cache or a lock
+        file, and whose files some domain has, asks nothing of an origin, and waits for none that is gone.
     complete : mapping of int to str
         The files that the last survey found complete, by their index in `Manifest.staged()`, with their SHA-256 or an
         empty text.
+    in_user_cache : collection of int
+        The missing files that the user's Hugging Face cache seems to have, as the last survey found.
     already_there : mapping of int to str
         The same, of the first survey.
     transferred : TransferResult
@@ -58,7 +63,9 @@ class DomainState:
     settings: Settings
     role: str
     probe_origins: bool
+    peers_first: bool = False
     complete: Mapping[int, str] = field(default_factory=dict)
+    in_user_cache: Collection[int] = ()
     already_there: Mapping[int, str] = field(default_factory=dict)
     transferred: TransferResult = field(default_factory=TransferResult)
     tier_paths: Mapping[Path, Path] = field(default_factory=dict)
@@ -91,7 +98,8 @@ def open_domain(
     locks = _locks(coordinator, job, layout, settings)
     surveyor = CacheSurveyor(layout, manifest, locks, tiers, _user_cache(layout))
     probe_origins = not origin_reachable or is_offline() or len(job.leaders) > 1
-    state = DomainState(job, manifest, surveyor, settings, job.role(coordinator.rank), probe_origins)
+    role = job.role(coordinator.rank)
+    state = DomainState(job, manifest, surveyor, settings, role, probe_origins, peers_first=not origin_reachable)
     with contextlib.ExitStack() as stack:
         stack.callback(surveyor.release)
         if coordinator.rank == 0:

@@ -11,6 +11,7 @@ from weightferry.cache.space import make_room
 from weightferry.cache.survey import DomainSurvey
 from weightferry.cache.usage import hold_sources
 from weightferry.cluster.coordinator import Coordinator
+from weightferry.errors import CollectError
 from weightferry.phases.state import DomainState
 from weightferry.transfer.origin_reader import find_unreachable_sources
 
@@ -45,6 +46,10 @@ def survey(coordinator: Coordinator, state: DomainState, suspects: Collection[in
         for leader in sorted(surveys, key=lambda leader: surveys[leader].cache_id):
             wait = partial(_wait_for_locks, coordinator, state)
             surveys = {**surveys, **coordinator.run_phase("survey", wait, dict, (leader,), state.role)}
+    if state.peers_first and _lacked_by_all(state, surveys):
+        probe = partial(_probe_origins, state)
+        unreachable = coordinator.run_phase("survey", probe, dict, leaders, state.role)
+        surveys = {leader: replace(survey, unreachable=unreachable[leader]) for leader, survey in surveys.items()}
     state.already_there = state.already_there or state.complete
     surveyor = state.surveyor
     state.tier_paths = {
@@ -66,16 +71,29 @@ def _survey_cache(
     # First of all: from here on no other process evicts the sources.
     hold_sources(surveyor.layout, surveyor.tiers, state.manifest, coordinator.check, settings.stall_timeout)
     found = surveyor.survey(wait=wait, suspects=suspects)
-    state.complete = found.complete
-    local = {*found.complete, *found.in_user_cache}
-    missing = [index for index in range(len(surveyor.files)) if index not in local]
+    state.complete, state.in_user_cache = found.complete, found.in_user_cache
     if not found.locked_elsewhere:  # otherwise another job takes the space and downloads the files
         lacking = [surveyor.files[index] for index in state.missing()]
         make_room(surveyor, lacking, settings, coordinator.check)
-    unreachable = find_unreachable_sources(state.manifest, missing, settings) if state.probe_origins else {}
+    unreachable = {} if state.peers_first else _probe_origins(state)
     # The other domains need a SHA-256 only where the manifest has no checksum.
     complete = {index: "" if surveyor.files[index][1].checksum else sha256 for index, sha256 in found.complete.items()}
     return replace(found, complete=complete, unreachable=unreachable)
+
+
+def _probe_origins(state: DomainState) -> dict[int, CollectError]:
+    """Return the sources that this leader lacks files of and cannot read from, and why."""
+    if not state.probe_origins:
+        return {}
+    local = {*state.complete, *state.in_user_cache}
+    missing = [index for index in range(len(state.surveyor.files)) if index not in local]
+    return find_unreachable_sources(state.manifest, missing, state.settings)
+
+
+def _lacked_by_all(state: DomainState, surveys: Mapping[int, DomainSurvey]) -> bool:
+    """Return whether an origin must be read: some file is in no domain; the same on every rank."""
+    held = {index for survey in surveys.values() for index in (*survey.complete, *survey.in_user_cache)}
+    return not held.issuperset(state.manifest.contents())
 
 
 def _share_equal(surveys: Mapping[int, DomainSurvey]) -> dict[int, DomainSurvey]:
