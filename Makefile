@@ -8,10 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # constraints.txt.
 OLDEST := $(VENV)/oldest
 
+# SpeechBrain lies here, with what its imports need and .venv may lack. In place of torchaudio, which cannot be imported
+# beside every torch, there is tests/speechbrain/stubs.
+SPEECHBRAIN := $(VENV)/speechbrain
+
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
-.PHONY: demo docs test test-oldest test-cluster soak soak-cache check lint types clean
+.PHONY: demo docs test test-oldest test-speechbrain test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -24,12 +28,16 @@ docs: $(VENV)/.docs
 # Those of tests/cluster run on a real Slurm cluster of this machine's own (slurm/testbed), which needs root on Debian;
 # otherwise they are skipped, and say so.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/speechbrain tests
 
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
 test-oldest: $(OLDEST)/.done
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 \
 	    tests/contract/test_layout_hf.py tests/contract/test_together.py tests/contract/test_hub_content.py
+
+# Our Pretrainer in code of SpeechBrain, and beside SpeechBrain's own class.
+test-speechbrain: $(SPEECHBRAIN)/.done
+	PYTHONPATH="$(CURDIR)/$(SPEECHBRAIN):$(CURDIR)/tests/speechbrain/stubs" $(BIN)/python -m pytest -n 2 tests/speechbrain
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
@@ -82,6 +90,12 @@ $(OLDEST)/.done: $(VENV)/.test Makefile
 	$(PIP) install --quiet --no-deps --target $(OLDEST) httpx==0.28.1 httpcore==1.0.9 certifi==2026.7.22 \
 	    $$(sed -nE 's/^ *"(huggingface_hub|filelock)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 	test -d $(OLDEST)/huggingface_hub && test -d $(OLDEST)/filelock
+	touch $@
+
+$(SPEECHBRAIN)/.done: $(VENV)/.test Makefile constraints.txt
+	rm -rf $(SPEECHBRAIN)
+	$(PIP) install --quiet --constraint constraints.txt --no-deps --target $(SPEECHBRAIN) \
+	    speechbrain requests urllib3 idna charset-normalizer certifi
 	touch $@
 
 clean:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weightferry._version import __version__
 
 if TYPE_CHECKING:
+    from weightferry.collection import PARAMFILE_EXT
     from weightferry.errors import (
         AccessDenied,
         BadRequest,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Stalled,
         UnsafeFile,
     )
+    from weightferry.fetching import FetchConfig, LocalStrategy
     from weightferry.loading.options import LoadOptions
     from weightferry.loading.registry import (
         DEFAULT_LOAD_HOOKS,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
         register_checkpoint_hooks,
     )
     from weightferry.once import run_on_leader, run_on_main
-    from weightferry.pretrainer import PARAMFILE_EXT, Pretrainer
+    from weightferry.pretrainer import Pretrainer
     from weightferry.settings import Settings
     from weightferry.sources import FetchFrom, FetchSource
     from weightferry.staging import stage
@@ -51,13 +53,15 @@ _NAMES_BY_MODULE = {
         "AccessDenied BadRequest CollectError Failure IntegrityError LeaderLost LoadError NoHook NoSpace "
         "NotDistributed OriginError OriginUnreachable PlanMismatch SourceChanged SourceNotFound Stalled UnsafeFile"
     ),
+    "weightferry.collection": "PARAMFILE_EXT",
+    "weightferry.fetching": "FetchConfig LocalStrategy",
     "weightferry.once": "run_on_leader run_on_main",
     "weightferry.loading.options": "LoadOptions",
     "weightferry.loading.registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "
         "register_checkpoint_hooks"
     ),
-    "weightferry.pretrainer": "PARAMFILE_EXT Pretrainer",
+    "weightferry.pretrainer": "Pretrainer",
     "weightferry.settings": "Settings",
     "weightferry.sources": "FetchFrom FetchSource",
     "weightferry.staging": "stage",
@@ -72,12 +76,14 @@ __all__ = [
     "BadRequest",
     "CollectError",
     "Failure",
+    "FetchConfig",
     "FetchFrom",
     "FetchSource",
     "IntegrityError",
     "LeaderLost",
     "LoadError",
     "LoadOptions",
+    "LocalStrategy",
     "NoHook",
     "NoSpace",
     "NotDistributed",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from weightferry.errors import BadRequest, redact
@@ -26,6 +26,29 @@ class FetchSource(NamedTuple):
 
     FetchFrom: FetchFrom
     path: str
+
+    @classmethod
+    def of(cls, given: Any) -> FetchSource | None:
+        """Return the source of a given kind if `given` is one, ours or SpeechBrain's; otherwise None.
+
+        Raises
+        ------
+        BadRequest
+            Its kind is none of `FetchFrom`.
+        """
+        if isinstance(given, FetchSource) and isinstance(given.FetchFrom, FetchFrom):
+            return given
+        # SpeechBrain's class is a tuple with the same fields, and its kinds have the same names.
+        if not (isinstance(given, tuple) and hasattr(given, "FetchFrom") and hasattr(given, "path")):
+            return None
+        kind = str(getattr(given.FetchFrom, "name", ""))
+        if kind not in FetchFrom.__members__:
+            raise BadRequest(
+                f"the first field of FetchSource must be {', '.join(f'FetchFrom.{each.name}' for each in FetchFrom)}, "
+                f"not {given.FetchFrom!r}",
+                subject=str(given.path),
+            )
+        return cls(FetchFrom[kind], str(given.path))
 
 
 SourceLike = str | Path | FetchSource
@@ -49,6 +72,8 @@ class SourceRequest:
         Shell patterns for paths below the source. An empty `allow` allows all paths.
     shards : bool
         Whether the request includes the files that an index of shards names.
+    revision_of_hub : bool
+        Whether a source that is not on the Hub ignores `revision`; otherwise a revision there is an error.
     """
 
     source: str
@@ -58,6 +83,7 @@ class SourceRequest:
     allow: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     shards: bool = False
+    revision_of_hub: bool = False
 
     @classmethod
     def of(
@@ -69,6 +95,7 @@ class SourceRequest:
         allow: str | Iterable[str] | None = None,
         ignore: str | Iterable[str] | None = None,
         shards: bool = False,
+        revision_of_hub: bool = False,
     ) -> SourceRequest:
         """Return the request for a source as users write it: text, `Path` (always local) or `FetchSource`.
 
@@ -77,9 +104,9 @@ class SourceRequest:
         BadRequest
             The source or the revision is empty, or a text contains a NUL byte.
         """
-        kind = None
-        if isinstance(source, FetchSource):
-            kind, source = source.FetchFrom, source.path
+        kind, of_kind = None, FetchSource.of(source)
+        if of_kind is not None:
+            kind, source = of_kind
         elif isinstance(source, Path):
             kind = FetchFrom.LOCAL
         text = str(source)
@@ -87,7 +114,7 @@ class SourceRequest:
             raise BadRequest(f"not a source: {text + filename!r} is empty or contains a NUL byte")
         if revision == "":
             raise BadRequest("the revision is empty; use None for the default branch", subject=text)
-        return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore), shards)
+        return cls(text, kind, filename, revision, _patterns(allow), _patterns(ignore), shards, revision_of_hub)
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -227,7 +254,7 @@ def _file_url_path(text: str) -> str:
 
 
 def _parse_local(text: str, request: SourceRequest) -> Source:
-    if request.revision:
+    if request.revision and not request.revision_of_hub:
         raise BadRequest(
             f"{text!r} is a local path, so it has no revision {request.revision!r}; remove the revision",
             subject=str(request),
@@ -280,7 +307,7 @@ def _parse_http(text: str, request: SourceRequest) -> Source:
             f"{redact(url)!r} does not name a file. http(s) cannot list folders: give the URL of each file",
             subject=redact(url),
         )
-    if request.revision:
+    if request.revision and not request.revision_of_hub:
         raise BadRequest(
             f"{redact(url)!r} is an http(s) URL, so it has no revision {request.revision!r}; remove the revision",
             subject=redact(url),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import weightferry
 from tests.conftest import need
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
@@ -57,6 +58,26 @@ def test_a_full_disk_on_one_node(model: Nodes, little_disk: Path) -> None:
     assert [files for _, files in values(after)] == [sha256s({"a.bin": b"abc"})] * 4
     check_cache(model.cache(0), failed=True)
     check_cache(little_disk, failed=True)
+
+
+def copy_big(folders: tuple[Path, Path]) -> bytes:
+    """Collect the big file as a real file in a folder of this node."""
+    pretrainer = weightferry.Pretrainer(folders[jobs.rank() // 2], {"big": None}, {"big": "org/model/big.bin"})
+    return pretrainer.collect_files(local_strategy=weightferry.LocalStrategy.COPY)["big"].read_bytes()
+
+
+def test_a_disk_that_is_too_small_for_copies(model: Nodes, little_disk: Path) -> None:
+    model.shared = True
+    folders = model.place / "copies", little_disk
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / "big.ckpt").write_bytes(b"before")
+    failed, after = model.tries(partial(copy_big, folders), partial(copy_big, (folders[0], model.place / "elsewhere")))
+    failed_alike(failed, NoSpace, "link", {2}, str(little_disk / "big.ckpt"))
+    assert [path.name for path in little_disk.iterdir()] == ["big.ckpt"]
+    assert (little_disk / "big.ckpt").read_bytes() == b"before"
+    assert values(after) == [FILES["big.bin"]] * 4
+    assert model.hub.content_bytes() == len(FILES["big.bin"])
 
 
 def test_a_quota_shows_before_a_byte_moves(model: Nodes) -> None:

@@ -16,6 +16,7 @@ LAYERS = (
     ("testing",),
     ("launch",),
     ("pretrainer", "once", "repair"),
+    ("collection",),
     ("staging",),
     ("phases",),
     ("loading",),
@@ -25,6 +26,7 @@ LAYERS = (
     ("origins",),
     ("report",),
     ("manifest",),
+    ("fetching",),
     ("sources", "settings", "hashing"),
     ("errors", "_version"),
 )

@@ -1,14 +1,17 @@
-"""Atomic replacement of links and small files: make the new one under a temporary name, then rename it."""
+"""Atomic replacement of links and files: make the new one under a temporary name, then rename it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from weightferry.cache.permissions import make_folder, write_new
 from weightferry.errors import BadRequest
+
+_COPY_PIECE = 8 << 20  # bytes
 
 
 def replace_symlink(link: Path, target: str | Path) -> None:
@@ -25,10 +28,7 @@ def replace_symlink(link: Path, target: str | Path) -> None:
     with contextlib.suppress(OSError):
         if link.is_symlink() and os.readlink(link) == text:
             return
-    if link.is_dir() and not link.is_symlink():
-        raise BadRequest(
-            "cannot make this link: a folder is in the way. Move that folder away and try again", subject=str(link)
-        )
+    _refuse_folder(link)
     link.parent.mkdir(parents=True, exist_ok=True)
     new = temporary_name(link)
     new.symlink_to(text)
@@ -37,6 +37,43 @@ def replace_symlink(link: Path, target: str | Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             new.unlink()
+
+
+def replace_with_copy(path: Path, source: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Make `path` a real file with the content of `source`. It replaces a file or a link there.
+
+    Missing parent folders are made. For files outside of a cache: the permissions follow the umask. Several processes
+    may call it for one `path` at the same time.
+
+    Parameters
+    ----------
+    check
+        Called between two pieces of the copy; an error that it raises ends the copy.
+
+    Raises
+    ------
+    BadRequest
+        `path` is a folder.
+    """
+    _refuse_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = temporary_name(path)
+    try:
+        with source.open("rb") as read, new.open("xb") as written:
+            while chunk := read.read(_COPY_PIECE):
+                check()
+                written.write(chunk)
+        new.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            new.unlink()
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        raise BadRequest(
+            "cannot make this link: a folder is in the way. Move that folder away and try again", subject=str(path)
+        )
 
 
 def write_atomically(path: Path, content: str) -> None:

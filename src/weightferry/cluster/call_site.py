@@ -20,6 +20,7 @@ _GUARD_FUNCTIONS = {
     ("lightning_utilities.core.rank_zero", "wrapped_fn"): "Lightning's rank_zero_only",
     ("accelerate.state", "wrapper"): "accelerate's on_main_process",
 }
+_IF_MAIN = "`if if_main_process():`"
 _HOOKS = {"prepare_data": ("lightning", "pytorch_lightning")}
 # Names in the condition of an `if`, or of a context manager, that only some ranks enter at a time.
 _GUARD_CONTEXTS = {"main_process_first", "local_main_process_first", "rank_zero_first"}
@@ -79,6 +80,48 @@ def find_call_site(function: str, frame: FrameType | None) -> CallSite:
     return CallSite(function, place, next(guards, ""))
 
 
+def main_process_guard(frame: FrameType | None) -> str:
+    """Return the guard of SpeechBrain because of which only the main process, or one rank of each node, is here.
+
+    SpeechBrain counts the guards `run_on_main`, `main_process_only`, `run_once_per_node` and `once_per_node`. An ``if
+    if_main_process():`` is found in the source of the callers.
+
+    Parameters
+    ----------
+    frame
+        The frame of the caller, from `caller_of_package`.
+
+    Returns
+    -------
+    str
+        Empty if there is no such guard.
+    """
+    speechbrain = sys.modules.get("speechbrain.utils.distributed")
+    if speechbrain is None:
+        return ""
+    for counter, guard in (("MAIN_PROC_ONLY", "run_on_main"), ("NODE_ONCE_ONLY", "run_once_per_node")):
+        if getattr(speechbrain, counter, 0) > 0:
+            return f"SpeechBrain's {guard}"
+    return _IF_MAIN if any(_is_in_if_main_process(one) for one in _outside(frame)) else ""
+
+
+def _is_in_if_main_process(frame: FrameType) -> bool:
+    name = "if_main_process"
+    if name not in (*frame.f_code.co_names, *frame.f_code.co_freevars, *frame.f_code.co_varnames):
+        return False  # without reading the source
+    return any(
+        isinstance(node, ast.If) and _is_true_only_if(node.test, name) and _encloses(node.body, frame.f_lineno)
+        for node in ast.walk(_parse(frame))
+    )
+
+
+def _is_true_only_if(test: ast.expr, name: str) -> bool:
+    """Return whether a condition is a call of this function, or such a call and more."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return any(_is_true_only_if(part, name) for part in test.values)
+    return isinstance(test, ast.Call) and name in (getattr(test.func, "id", ""), getattr(test.func, "attr", ""))
+
+
 def _outside(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _SKIPPED:
@@ -98,13 +141,8 @@ def _guard_of(frame: FrameType) -> str:
 
 def _guard_in_source(frame: FrameType) -> str:
     """Find a `with` or an `if` around the running line of a frame that only some ranks enter at a time."""
-    lines = linecache.getlines(frame.f_code.co_filename, frame.f_globals)
-    try:
-        tree = ast.parse("".join(lines))
-    except (SyntaxError, ValueError, RecursionError):
-        return ""
     guard = ""
-    for node in ast.walk(tree):  # outer statements come first, so the innermost guard wins
+    for node in ast.walk(_parse(frame)):  # outer statements come first, so the innermost guard wins
         if not isinstance(node, ast.With | ast.If) or not _encloses(node.body, frame.f_lineno):
             continue
         if isinstance(node, ast.With):
@@ -113,6 +151,14 @@ def _guard_in_source(frame: FrameType) -> str:
         elif _names(node.test) & _GUARD_CONDITIONS:
             guard = f"`if {ast.unparse(node.test)}:`"
     return guard
+
+
+def _parse(frame: FrameType) -> ast.Module:
+    """Return the tree of the file of a frame; without content if the file cannot be read."""
+    try:
+        return ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+    except (SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])
 
 
 def _encloses(body: list[ast.stmt], line: int) -> bool:

@@ -130,6 +130,12 @@ def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]
     return store, ranks
 
 
+def has_other_ranks() -> bool:
+    """Return whether this process is one of several ranks: of the default process group, or of a launcher."""
+    store, ranks = _members(None)
+    return store is not None or (not ranks and read_topology().world_size > 1)
+
+
 def _distributed_coordinator(
     store: Store,
     ranks: tuple[int, ...],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightferry.cache.atomic import replace_symlink
+from weightferry.cache.atomic import replace_symlink, replace_with_copy
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.usage import hold_sources
 from weightferry.cache.verified_notes import is_on_local_disk
@@ -46,6 +46,8 @@ class LinkPlan:
     replaces_files : bool
         Whether a link may replace another file. True for ``NAME.ckpt`` in `collect_in`; False for the files of a
         folder that the user named.
+    copy : bool
+        Whether real files take the place of the links.
     """
 
     paths: Mapping[str, Path]
@@ -53,6 +55,7 @@ class LinkPlan:
     links: Mapping[Path, Path]
     files: Mapping[str, RequestedFiles]
     replaces_files: bool
+    copy: bool = False
 
     @classmethod
     def of(cls, rank_request: RankRequest, resolution: Resolution, layout: CacheLayout) -> LinkPlan:
@@ -72,7 +75,7 @@ class LinkPlan:
                 above = requested.path.rpartition("/")[0] if single else requested.path
                 paths[name] = link_folder / requested.path.rpartition("/")[2] if single else link_folder
                 links |= {link_folder / os.path.relpath(file, above or "."): folder / file for file in requested.files}
-        return cls(paths, targets, links, files, replaces_files=suffix is not None)
+        return cls(paths, targets, links, files, replaces_files=suffix is not None, copy=rank_request.copy)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ def _publish_and_link(
         publish()
     if coordinator.rank in job.links:
         everything = replace(rank_request, requests=job.links[coordinator.rank])
-        make_links(LinkPlan.of(everything, resolution, layout))
+        with coordinator.waiting("compares files in the folder for links, and copies those that differ"):
+            make_links(LinkPlan.of(everything, resolution, layout), coordinator.check)
     return read_first_blocks(layout, resolution.manifest) if is_leader else None
 
 
@@ -215,17 +219,25 @@ def _domain_result(coordinator: Coordinator, state: DomainState, seconds: Mappin
     return DomainResult(report, sizes, sha256)
 
 
-def make_links(plan: LinkPlan) -> None:
-    """Make the links of one folder, each atomically and only where it differs.
+def make_links(plan: LinkPlan, check: Callable[[], None] = lambda: None) -> None:
+    """Make the links or copies of one folder, each atomically and only where it differs.
+
+    Parameters
+    ----------
+    check
+        Called between two pieces of a copy; an error that it raises ends the copy.
 
     Raises
     ------
     BadRequest
-        A file of the user has the name of a link.
+        A file of the user has the name of a link, or a folder was to be copied.
     """
     for link_path, target in plan.links.items():
         with error_context(subject=str(link_path)):
             if _is_equivalent(link_path, target):
+                continue
+            if plan.copy:
+                _copy(link_path, target, check)
                 continue
             if not plan.replaces_files and link_path.exists() and not link_path.is_symlink():
                 raise BadRequest(
@@ -233,6 +245,15 @@ def make_links(plan: LinkPlan) -> None:
                     subject=str(link_path),
                 )
             replace_symlink(link_path, target)
+
+
+def _copy(path: Path, target: Path, check: Callable[[], None]) -> None:
+    if target.is_dir():
+        raise BadRequest(
+            f"{target} is a folder, and local_strategy COPY copies single files only; use SYMLINK or NO_LINK",
+            subject=str(path),
+        )
+    replace_with_copy(path, target, check)
 
 
 def _is_equivalent(link_path: Path, target: Path) -> bool:

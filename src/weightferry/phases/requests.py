@@ -22,11 +22,14 @@ class RankRequest:
         Absolute path of the folder for links. None: no links.
     link_suffix : str or None
         The link of a request is its name and this suffix. None: the files are linked under their own paths.
+    copy : bool
+        Whether real files with equal content take the place of the links.
     """
 
     requests: Mapping[str, SourceRequest]
     link_folder: Path | None = None
     link_suffix: str | None = None
+    copy: bool = False
 
 
 @dataclass(frozen=True)
