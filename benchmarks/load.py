@@ -90,7 +90,7 @@ def empty(size: int) -> torch.nn.Module:
 
 
 def _ours() -> Any:
-    from weightferry.loading.objects import load_object
+    from weightferry.loading.load_object import load_object
 
     return lambda module, path: load_object("model", module, path)
 
@@ -214,7 +214,7 @@ def together(path: Path, size: int, ranks: int) -> list[dict[str, float]]:
 
 def _gpu(size: int) -> list[dict[str, Any]]:
     """From the mapped file to the first GPU, beside a copy from pinned memory, and ``copy_`` from the mapping."""
-    from weightferry.loading.objects import load_object
+    from weightferry.loading.load_object import load_object
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

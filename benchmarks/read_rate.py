@@ -41,7 +41,7 @@ def serving(root: Path, size: int) -> Iterator[str]:
 
 def by_origin(folder: Path, connections: int, piece: int) -> None:
     """Read ranges on several threads, and write each where it belongs in a file that has its full size already."""
-    from weightferry.origins.base import origin_for  # reads HF_ENDPOINT
+    from weightferry.origins.registry import origin_for  # reads HF_ENDPOINT
     from weightferry.settings import Settings
     from weightferry.sources import Source
 

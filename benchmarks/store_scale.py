@@ -19,8 +19,8 @@ from typing import Any
 from torch import distributed as dist
 
 from weightferry.cluster.distributed import DistributedCoordinator
+from weightferry.cluster.launchers import Topology
 from weightferry.cluster.store import StoreCaller
-from weightferry.cluster.topology import Topology
 from weightferry.settings import Settings
 
 A_PROCESS = 256

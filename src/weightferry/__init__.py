@@ -33,8 +33,7 @@ if TYPE_CHECKING:
         UnsafeFile,
     )
     from weightferry.fetching import FetchConfig, LocalStrategy
-    from weightferry.loading.options import LoadOptions
-    from weightferry.loading.registry import (
+    from weightferry.loading.hook_registry import (
         DEFAULT_LOAD_HOOKS,
         DEFAULT_TRANSFER_HOOKS,
         get_default_hook,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
         mark_as_transfer,
         register_checkpoint_hooks,
     )
+    from weightferry.loading.options import LoadOptions
     from weightferry.once import run_on_leader, run_on_main
     from weightferry.pretrainer import Pretrainer
     from weightferry.settings import Settings
@@ -57,7 +57,7 @@ _NAMES_BY_MODULE = {
     "weightferry.fetching": "FetchConfig LocalStrategy",
     "weightferry.once": "run_on_leader run_on_main",
     "weightferry.loading.options": "LoadOptions",
-    "weightferry.loading.registry": (
+    "weightferry.loading.hook_registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "
         "register_checkpoint_hooks"
     ),

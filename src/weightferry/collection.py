@@ -10,7 +10,7 @@ from typing import Any
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import BadRequest
 from weightferry.fetching import FetchConfig, LocalStrategy, is_local_strategy
-from weightferry.phases.requests import RankRequest
+from weightferry.phases.job_request import RankRequest
 from weightferry.phases.reuse import Wanted, find_reusable
 from weightferry.settings import Settings
 from weightferry.sources import FetchSource, SourceLike, SourceRequest, parse_source

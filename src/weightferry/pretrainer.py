@@ -18,7 +18,7 @@ from weightferry.collection import PARAMFILE_EXT, CollectArguments, Collection
 from weightferry.errors import BadRequest
 from weightferry.fetching import FetchConfig, LocalStrategy
 from weightferry.origins.shard_index import is_index
-from weightferry.report.run import RunReport
+from weightferry.report.run_report import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import FetchSource, SourceLike, SourceRequest, safe_path
 

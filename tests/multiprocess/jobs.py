@@ -95,7 +95,7 @@ def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
 def report(source: str) -> dict[str, Any]:
     """Stage a source and return the run report."""
     from weightferry.cluster.connect import process_group_coordinator
-    from weightferry.phases.requests import RankRequest
+    from weightferry.phases.job_request import RankRequest
     from weightferry.settings import Settings
     from weightferry.sources import SourceRequest
     from weightferry.staging import collect

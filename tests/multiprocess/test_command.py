@@ -148,7 +148,11 @@ def test_patterns_links_and_a_cache_folder(model: Nodes) -> None:
     [
         (("stage", "org/nothing"), 1, "weightferry: SourceNotFound: resolve on "),
         (("stage", "org/model", "--revision", "v9"), 1, "no revision 'v9'"),
-        (("stage", "org/model", "--report", "no/such/folder/report.json"), 1, "the folder for the report does not exist"),
+        (
+            ("stage", "org/model", "--report", "no/such/folder/report.json"),
+            1,
+            "the folder for the report does not exist",
+        ),
         (("stage",), 2, "Missing argument 'SOURCE'"),
         (("stage", "org/model", "--nonsense"), 2, "No such option"),
         (("fetch", "org/model"), 2, "No such command"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from weightferry.cluster.call_site import caller_of_package, find_call_site
 from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
-from weightferry.cluster.topology import Topology, read_topology
+from weightferry.cluster.launchers import Topology, read_topology
 from weightferry.errors import BadRequest, NotDistributed
 from weightferry.settings import Settings
 

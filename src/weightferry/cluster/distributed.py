@@ -20,13 +20,13 @@ from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
 from weightferry.cluster.call_site import find_call_site
-from weightferry.cluster.collector import JobState, ResultCollector
 from weightferry.cluster.coordinator import Aborted, Coordinator
 from weightferry.cluster.heartbeat import Heartbeat, HeartbeatSender, describe_calls, heartbeat_key
 from weightferry.cluster.interfaces import local_address
-from weightferry.cluster.results import PhaseResult, RankResult
+from weightferry.cluster.launchers import Topology
+from weightferry.cluster.phase_results import PhaseResult, RankResult
+from weightferry.cluster.result_collector import JobState, ResultCollector
 from weightferry.cluster.store import RecordingStore, StoreClients, clone, put, store_host
-from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings

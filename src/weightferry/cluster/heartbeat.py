@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
 from weightferry.cluster.call_site import CallSite
-from weightferry.cluster.results import PhaseResult
+from weightferry.cluster.phase_results import PhaseResult
 from weightferry.cluster.store import put
 from weightferry.errors import format_ranks
 from weightferry.report.rank_progress import Progress

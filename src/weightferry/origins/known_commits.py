@@ -12,9 +12,10 @@ from typing import Protocol, TypeVar, cast
 
 from weightferry.errors import OriginUnreachable, SourceNotFound
 from weightferry.manifest import PinnedSource
-from weightferry.origins.base import Origin, RateLimited, TransientOriginError, Unreachable, origin_for, select_below
+from weightferry.origins.base import Origin, RateLimited, TransientOriginError, Unreachable, select_below
 from weightferry.origins.listing import KnownListings, Listing, is_commit_id
 from weightferry.origins.lockfile import ReadCached, open_bytes
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source
 

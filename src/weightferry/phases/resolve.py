@@ -26,7 +26,7 @@ from weightferry.origins.known_commits import KnownCommits, LookupRules, staged_
 from weightferry.origins.listing import KnownListings, Listing
 from weightferry.origins.lockfile import Lockfile
 from weightferry.origins.pin_sources import Resolution, pin_sources, requested_paths
-from weightferry.phases.requests import JobRequest
+from weightferry.phases.job_request import JobRequest
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
