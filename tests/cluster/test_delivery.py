@@ -36,7 +36,7 @@ def test_one_gateway_is_enough(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-gateway"
     lost = [node for node in testbed.nodes if node != testbed.nodes[2]]
     with cut_off(testbed, lost, hub.url):
-        report = hub.stage("--cache-dir", cache)
+        report = hub.stage("--cache-dir", cache, tasks_per_node=1)
     assert {domain["host"]: domain["origin_bytes"] for domain in report["domains"]} == {
         node: 0 if node in lost else SIZE for node in testbed.nodes
     }
@@ -63,9 +63,9 @@ def test_a_lock_file_where_no_node_has_a_network(hub: Served, testbed: Testbed) 
 
 def test_what_any_node_has_is_not_read_again(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-parts"
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == SIZE
+    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == SIZE
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[1])
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have it"
+    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == 0, "three nodes have it"
     check_every_node(hub, cache)
 
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[0])
@@ -73,42 +73,45 @@ def test_what_any_node_has_is_not_read_again(hub: Served, testbed: Testbed) -> N
         for path in ("model.safetensors", "shards/part.bin"):
             digest = hub.sha256[path]
             testbed.run([sys.executable, str(HERE / "keep_part.py"), str(cache), digest, str(number), "3"], node)
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have a third each"
+    report = hub.stage("--cache-dir", cache, tasks_per_node=1)
+    assert report["total"]["origin_bytes"] == 0, "three nodes have a third each"
     check_every_node(hub, cache)
 
 
 def test_two_jobs_at_once_read_it_once(hub: Served, testbed: Testbed) -> None:
     cache, before = testbed.local / "cache-two-jobs", hub.content_bytes()
-    command = ["srun", "-N4", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
+    nodes = testbed.nodes[:2]
+    command = ["srun", "-w", ",".join(nodes), "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
     command += [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--cache-dir", str(cache)]
     jobs = [testbed.popen(command, env=hub.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     for job in jobs:
         said, _ = job.communicate(timeout=100)
         assert job.returncode == 0, said
     assert hub.content_bytes() - before <= 1.1 * SIZE
-    check_every_node(hub, cache)
+    check_every_node(hub, cache, nodes)
 
 
 @pytest.fixture(params=["size=4m", "size=1g,nr_inodes=9"])
 def small_disk(request: pytest.FixtureRequest, testbed: Testbed) -> Iterator[Path]:
-    """A folder on all nodes; on the fourth, a file system that is too small."""
-    folder, node = testbed.local / "small", testbed.nodes[3]
-    for each in testbed.nodes:
+    """A folder on two nodes; on the second, a file system that is too small."""
+    folder, nodes = testbed.local / "small", testbed.nodes[2:]
+    node = nodes[1]
+    for each in nodes:
         testbed.run(["mkdir", str(folder)], each)
     testbed.run(["mount", "-t", "tmpfs", "-o", request.param, "small", str(folder)], node)
     yield folder
     testbed.run(["umount", str(folder)], node)
-    for each in testbed.nodes:
+    for each in nodes:
         testbed.run(["rm", "-rf", str(folder)], each)
 
 
 def test_a_disk_that_is_too_small_is_named_before_a_byte_moves(hub: Served, testbed: Testbed, small_disk: Path) -> None:
     before = hub.content_bytes()
-    command = ["srun", "-N4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+    command = ["srun", "-w", "node3,node4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
     command += [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--cache-dir", str(small_disk / "cache")]
     done = testbed.run(command, env=hub.environ, check=False, timeout=100)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "survey on node4 (rank 3" in line]
-    assert len(said) == 4, done.stderr
+    said = [line for line in done.stderr.splitlines() if "survey on node4 (rank 1" in line]
+    assert len(said) == 2, done.stderr
     assert "not enough" in said[0]
     assert hub.content_bytes() == before

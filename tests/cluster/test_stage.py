@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ REPOSITORY = Path(__file__).parents[2]
 SIZE = sum(SIZES.values())
 
 
-def check_every_node(hub: Served, cache: Path) -> None:
-    """Hash the files on every node, by the path that each of them would use."""
-    for node in hub.testbed.nodes:
+def check_every_node(hub: Served, cache: Path, nodes: Iterable[str] = ()) -> None:
+    """Hash the files on these nodes, or on all, by the path that each node uses."""
+    for node in nodes or hub.testbed.nodes:
         for path, digest in hub.sha256.items():
             command = f"sha256sum {cache}/hub/models--org--model/snapshots/*/{path}"
             said = hub.testbed.run(["sh", "-c", command], node).stdout
@@ -33,13 +34,13 @@ def test_node_local_caches_have_a_leader_each(hub: Served, testbed: Testbed) -> 
     assert {domain["origin_bytes"] + domain["peer_bytes_in"] for domain in report["domains"]} == {SIZE}
     assert report["nodes"] == 4
     check_every_node(hub, cache)
-    again = hub.stage("--cache-dir", cache)
+    again = hub.stage("--cache-dir", cache, tasks_per_node=1)
     assert again["total"]["origin_bytes"] == 0
 
 
 def test_a_shared_cache_has_one_leader_in_all(hub: Served, testbed: Testbed) -> None:
     cache = testbed.shared / "cache-shared"
-    report = hub.stage("--cache-dir", cache)
+    report = hub.stage("--cache-dir", cache, tasks_per_node=1)
     assert [domain["leader_rank"] for domain in report["domains"]] == [0]
     assert report["total"]["origin_bytes"] == SIZE
     check_every_node(hub, cache)
@@ -53,8 +54,8 @@ def test_two_nodes_share_and_two_do_not(hub: Served, testbed: Testbed) -> None:
         testbed.run(["mkdir", str(cache)], node)
     for node in testbed.nodes[1:3]:
         testbed.run(["mount", "--bind", str(shared), str(cache)], node)
-    report = hub.stage("--cache-dir", cache)
-    assert [domain["ranks"] for domain in report["domains"]] == [[0, 1], [2, 3, 4, 5], [6, 7]]
+    report = hub.stage("--cache-dir", cache, tasks_per_node=1)
+    assert [domain["ranks"] for domain in report["domains"]] == [[0], [1, 2], [3]]
     assert report["total"]["origin_bytes"] == SIZE
     check_every_node(hub, cache)
 
@@ -100,9 +101,8 @@ def test_stage_sbatch_hands_over(hub: Served, testbed: Testbed) -> None:
     assert "handed over to node1" in said
 
 
-@pytest.mark.parametrize("source", ["org/nothing", f"{REPO}/no/such.file"])
-def test_a_failure_is_said_once_and_ends_the_step(hub: Served, testbed: Testbed, source: str) -> None:
-    command = ["srun", "-N4", "--ntasks-per-node=2", sys.executable, "-m", "weightferry.cli", "stage", source]
+def test_a_failure_is_said_once_and_ends_the_step(hub: Served, testbed: Testbed) -> None:
+    command = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "weightferry.cli", "stage", "org/nothing"]
     done = testbed.run(command, env=hub.environ, check=False, timeout=90)
     assert done.returncode == 1
     assert done.stderr.count("weightferry: SourceNotFound: resolve on node1 (rank 0)") == 1
