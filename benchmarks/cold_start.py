@@ -60,7 +60,7 @@ class Bench:
         command = [sys.executable, "-m", "weightferry.testing.hub", str(models), "--port", "8500"]
         command += ["--host", testbed.addresses["origin"]]
         limit = ["--rate", str(rate)] if rate else []
-        self._hub = testbed.start_origin([*command, "--cdn-port", "8501", *limit], 8500, patience=120)
+        self._hub = testbed.start_origin([*command, "--cdn-port", "8501", *limit], 8500, timeout=120)
 
     def _served(self) -> int:
         stats = self._testbed.run(["curl", "-s", f"{self._hub.url}/-/stats"], "origin").stdout

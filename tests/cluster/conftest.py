@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slurm.testbed import Spec, Testbed
-from slurm.testbed.packages import obstacle
+from slurm.testbed.packages import reason_unavailable
 from tests.cluster.origin import CDN_PORT, PORT, REPO, SIZES, Served
 from tests.conftest import need
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster_allowed() -> None:
     """Skip where no cluster can be brought up; in CI that is a failure, or nobody would notice."""
-    reason = obstacle()
+    reason = reason_unavailable()
     need(not reason, reason)
 
 
