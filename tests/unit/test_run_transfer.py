@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import pytest
 
-from tests.unit.doubles import FakeControl, FakeMonitor, Over, manifest_of, surveyor_of
+from tests.unit.doubles import FakeCoordinator, FakeMonitor, Over, manifest_of, surveyor_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, IntegrityError, OriginError
@@ -41,7 +41,7 @@ class Leader:
             held = surveyor.survey()
             lacking = tuple(index for index in self.manifest.contents() if index not in held.complete)
             task = TransferTask(plan(self.manifest, {0: held}), lacking, {0: "h"})
-            return run_transfer(task, surveyor, self.settings, FakeControl(self.monitor), self.origin.factory)
+            return run_transfer(task, surveyor, self.settings, FakeCoordinator(self.monitor), self.origin.factory)
         finally:
             surveyor.release()
 
