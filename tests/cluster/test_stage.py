@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
-
 from slurm.testbed import Testbed
 from tests.cluster.origin import REPO, SIZES, Served
 
