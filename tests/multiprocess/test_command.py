@@ -148,7 +148,11 @@ def test_patterns_links_and_a_cache_folder(model: Nodes) -> None:
     [
         (("stage", "org/nothing"), 1, "weightferry: SourceNotFound: resolve on "),
         (("stage", "org/model", "--revision", "v9"), 1, "no revision 'v9'"),
-        (("stage", "org/model", "--report", "no/such/folder/report.json"), 1, "the folder for the report does not exist"),
+        (
+            ("stage", "org/model", "--report", "no/such/folder/report.json"),
+            1,
+            "the folder for the report does not exist",
+        ),
         (("stage",), 2, "Missing argument 'SOURCE'"),
         (("stage", "org/model", "--nonsense"), 2, "No such option"),
         (("fetch", "org/model"), 2, "No such command"),
@@ -220,7 +224,7 @@ def test_repair_needs_no_origin_where_a_node_has_the_right_bytes(model: Nodes, n
     model.variables["HF_ENDPOINT"] = "http://127.0.0.1:9"
     done = cache_command(model, "verify")
     assert [code for code, _, _ in done] == [1] * 4
-    assert "is not there" in done[0][1]
+    assert "the content is missing" in done[0][1]
     asked = len(model.hub.requests)
     done = cache_command(model, "verify", "--repair", "--json")
     assert [code for code, _, _ in done] == [0] * 4, done
