@@ -94,7 +94,7 @@ def _command(path: str, command: click.Command) -> Iterator[str]:
 
 def launchers_table() -> str:
     """Return a table of the launchers that are known, in the order in which they win, and their variables."""
-    from weightferry.cluster.topology import LAUNCHERS
+    from weightferry.cluster.launchers import LAUNCHERS
 
     lines = ["| launcher | rank | size | local rank | ranks of the node |", "|---|---|---|---|---|"]
     for one in LAUNCHERS:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
         Stalled,
         UnsafeFile,
     )
-    from weightferry.loading.options import LoadOptions
-    from weightferry.loading.registry import (
+    from weightferry.loading.hook_registry import (
         DEFAULT_LOAD_HOOKS,
         DEFAULT_TRANSFER_HOOKS,
         get_default_hook,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
         mark_as_transfer,
         register_checkpoint_hooks,
     )
+    from weightferry.loading.options import LoadOptions
     from weightferry.once import run_on_leader, run_on_main
     from weightferry.pretrainer import PARAMFILE_EXT, Pretrainer
     from weightferry.settings import Settings
@@ -53,7 +53,7 @@ _NAMES_BY_MODULE = {
     ),
     "weightferry.once": "run_on_leader run_on_main",
     "weightferry.loading.options": "LoadOptions",
-    "weightferry.loading.registry": (
+    "weightferry.loading.hook_registry": (
         "DEFAULT_LOAD_HOOKS DEFAULT_TRANSFER_HOOKS get_default_hook mark_as_loader mark_as_transfer "
         "register_checkpoint_hooks"
     ),

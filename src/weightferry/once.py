@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightferry.cluster.connect import process_group_coordinator
 from weightferry.phases.agree import agree
-from weightferry.phases.requests import RankRequest
+from weightferry.phases.job_request import RankRequest
 from weightferry.settings import Settings
 
 if TYPE_CHECKING:

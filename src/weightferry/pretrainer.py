@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from weightferry.cluster.connect import process_group_coordinator
 from weightferry.errors import BadRequest
 from weightferry.origins.shard_index import is_index
-from weightferry.phases.requests import RankRequest
-from weightferry.report.run import RunReport
+from weightferry.phases.job_request import RankRequest
+from weightferry.report.run_report import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import FetchSource, SourceLike, SourceRequest, safe_path
 from weightferry.staging import collect

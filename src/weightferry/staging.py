@@ -15,16 +15,16 @@ from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import BadRequest
 from weightferry.manifest import Manifest
 from weightferry.phases.agree import agree, prepare_request
+from weightferry.phases.domain_state import open_domain
+from weightferry.phases.job_request import RankRequest
 from weightferry.phases.link import link
 from weightferry.phases.plan import plan
 from weightferry.phases.publish import publish
-from weightferry.phases.requests import RankRequest
 from weightferry.phases.resolve import resolve
-from weightferry.phases.state import open_domain
 from weightferry.phases.survey import survey
 from weightferry.phases.transfer import ATTEMPTS, all_complete, transfer
-from weightferry.report.run import RunReport
-from weightferry.report.summary import build_report
+from weightferry.report.build_report import build_report
+from weightferry.report.run_report import RunReport
 from weightferry.settings import Settings
 from weightferry.sources import SourceLike, SourceRequest
 

@@ -16,7 +16,8 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from weightferry.manifest import PinnedSource
-from weightferry.origins.base import Busy, Origin, TransientOriginError, origin_for
+from weightferry.origins.base import Busy, Origin, TransientOriginError
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source, SourceRequest, parse_source
 from weightferry.testing import hub as hub_server

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from weightferry.errors import LoadError
+from weightferry.loading.hook_registry import mark_as_loader, mark_as_transfer
 from weightferry.loading.hooks import load_module
-from weightferry.loading.objects import load_object
-from weightferry.loading.registry import mark_as_loader, mark_as_transfer
+from weightferry.loading.load_object import load_object
 
 Load = Callable[[str, Any, Path], None]
 

@@ -17,7 +17,8 @@ from huggingface_hub.utils._http import default_client_factory
 from tests.contract.backends import parse, use_server
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import PinnedSource
-from weightferry.origins.base import Origin, Silent, TransientOriginError, origin_for
+from weightferry.origins.base import Origin, Silent, TransientOriginError
+from weightferry.origins.registry import origin_for
 from weightferry.origins.transport import httpx
 from weightferry.settings import Settings
 from weightferry.testing.hub import Fault, HubOptions, HubServer

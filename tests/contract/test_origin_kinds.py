@@ -21,7 +21,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.contract.backends import FolderBackend, HttpBackend, create_backend, parse, read, resolve
 from weightferry.errors import AccessDenied, BadRequest, CollectError, OriginError, SourceChanged, SourceNotFound
-from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable, origin_for
+from weightferry.origins.base import RangeIgnored, Silent, TransientOriginError, Unreachable
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source
 from weightferry.testing.origin import FakeOrigin, Fault

@@ -11,7 +11,7 @@ import weightferry
 from docs.hooks import pages
 from tests.docs.blocks import ROOT
 from weightferry.cli import main
-from weightferry.cluster.topology import LAUNCHERS
+from weightferry.cluster.launchers import LAUNCHERS
 from weightferry.launch import __all__ as launch_names
 
 

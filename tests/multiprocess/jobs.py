@@ -61,7 +61,7 @@ def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
 def report(source: str) -> dict[str, Any]:
     """Stage a source and return the run report."""
     from weightferry.cluster.connect import process_group_coordinator
-    from weightferry.phases.requests import RankRequest
+    from weightferry.phases.job_request import RankRequest
     from weightferry.settings import Settings
     from weightferry.sources import SourceRequest
     from weightferry.staging import collect

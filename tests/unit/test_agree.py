@@ -19,7 +19,7 @@ from weightferry.cluster.mounts import is_local, mount_of
 from weightferry.cluster.storage_probe import ProbeResult, StorageProbe
 from weightferry.errors import BadRequest, CollectError, PlanMismatch
 from weightferry.phases.agree import RankProbe, RequestComparison
-from weightferry.phases.requests import JobRequest, RankDescription, RankRequest
+from weightferry.phases.job_request import JobRequest, RankDescription, RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 

@@ -12,8 +12,9 @@ import pytest
 from tests.unit.doubles import FakeMonitor, manifest_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.errors import CollectError, IntegrityError, SourceNotFound
-from weightferry.origins.base import origin_for
 from weightferry.origins.pin_sources import RequestedFiles, Resolution, pin_sources
+from weightferry.origins.registry import origin_for
+from weightferry.phases.job_request import RankRequest
 from weightferry.phases.link import (
     LinkPlan,
     VisibilityCheck,
@@ -22,7 +23,6 @@ from weightferry.phases.link import (
     make_links,
     read_first_blocks,
 )
-from weightferry.phases.requests import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin

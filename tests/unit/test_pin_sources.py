@@ -9,8 +9,9 @@ import pytest
 
 from tests.unit.doubles import FakeMonitor
 from weightferry.errors import BadRequest, CollectError, OriginError, SourceNotFound
-from weightferry.origins.base import TransientOriginError, origin_for
+from weightferry.origins.base import TransientOriginError
 from weightferry.origins.pin_sources import Resolution, manifest_entries, pin_sources
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.testing.origin import FakeOrigin, Fault

@@ -9,9 +9,9 @@ import pytest
 
 import weightferry
 from weightferry.cluster.coordinator import LocalCoordinator
-from weightferry.phases.requests import RankRequest
-from weightferry.report.run import DomainReport, RunReport
-from weightferry.report.text import format_size, summary, table
+from weightferry.phases.job_request import RankRequest
+from weightferry.report.report_text import format_size, summary, table
+from weightferry.report.run_report import DomainReport, RunReport
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.staging import collect

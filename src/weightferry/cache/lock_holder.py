@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from weightferry.cluster.topology import boot_id
+from weightferry.cluster.machine import boot_id
 
 _JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 # The start time is field 22 of proc_pid_stat(5). The fields are split after the process name, which is field 2.

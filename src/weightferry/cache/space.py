@@ -15,7 +15,7 @@ from weightferry.cache.survey import CacheSurveyor
 from weightferry.cache.usage import serialized
 from weightferry.errors import NoSpace
 from weightferry.manifest import File, PinnedSource
-from weightferry.report.text import format_size
+from weightferry.report.report_text import format_size
 from weightferry.settings import Settings
 
 _BLOCK = 4096  # bytes that the smallest file takes

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from weightferry.cache.atomic import write_atomically
 from weightferry.cache.layout import CacheLayout
+from weightferry.cluster.machine import boot_id
 from weightferry.cluster.mounts import is_local
-from weightferry.cluster.topology import boot_id
 from weightferry.manifest import File, PinnedSource
 
 

@@ -15,7 +15,7 @@ from weightferry.cli.arguments import cache_dir_option, json_option
 from weightferry.cli.cached_sources import find_source, open_layout
 from weightferry.cli.errors import OneLineErrorGroup
 from weightferry.cli.verify import verify
-from weightferry.report.text import format_size
+from weightferry.report.report_text import format_size
 
 if TYPE_CHECKING:
     from weightferry.cache.inventory import CachedSource

@@ -12,7 +12,7 @@ from weightferry.cli.errors import exit_on_error
 from weightferry.errors import BadRequest, CollectError
 
 if TYPE_CHECKING:
-    from weightferry.phases.requests import RankRequest
+    from weightferry.phases.job_request import RankRequest
 
 
 @click.command()
@@ -38,10 +38,10 @@ def prefetch(
     """
     from weightferry.cache.atomic import write_atomically
     from weightferry.cluster.connect import launcher_coordinator
-    from weightferry.cluster.topology import read_topology
+    from weightferry.cluster.launchers import read_topology
     from weightferry.origins.lockfile import Lockfile
-    from weightferry.phases.requests import RankRequest
-    from weightferry.report.text import summary
+    from weightferry.phases.job_request import RankRequest
+    from weightferry.report.report_text import summary
     from weightferry.settings import Settings
     from weightferry.sources import SourceRequest
     from weightferry.staging import collect

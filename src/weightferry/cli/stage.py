@@ -19,8 +19,8 @@ from weightferry.cli.errors import exit_on_error
 from weightferry.errors import BadRequest, CollectError
 
 if TYPE_CHECKING:
-    from weightferry.phases.requests import RankRequest
-    from weightferry.report.run import RunReport
+    from weightferry.phases.job_request import RankRequest
+    from weightferry.report.run_report import RunReport
 
 
 @click.command()
@@ -55,8 +55,8 @@ def stage(
     Exit code: 0 on success, 1 if any rank failed, 2 for wrong arguments.
     """
     from weightferry.cluster.connect import launcher_coordinator
-    from weightferry.cluster.topology import read_topology
-    from weightferry.phases.requests import RankRequest
+    from weightferry.cluster.launchers import read_topology
+    from weightferry.phases.job_request import RankRequest
     from weightferry.settings import Settings
     from weightferry.sources import SourceRequest
     from weightferry.staging import collect
@@ -84,7 +84,7 @@ def stage(
 
 def _finish(run: RunReport, path: Path, report: Path | None) -> None:
     """Write the report, and print the summary."""
-    from weightferry.report.text import summary
+    from weightferry.report.report_text import summary
 
     if report is not None:
         try:

@@ -15,7 +15,7 @@ from weightferry.cli.arguments import cache_dir_option, json_option
 from weightferry.cli.cached_sources import find_source_or_none, open_layout, unknown_source
 from weightferry.cli.errors import print_error
 from weightferry.errors import CollectError
-from weightferry.report.text import format_size
+from weightferry.report.report_text import format_size
 
 if TYPE_CHECKING:
     from weightferry.cache.verify import VerifyResult
@@ -37,9 +37,9 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
     """
     from weightferry.cache.verify import verify as verify_cache
     from weightferry.cluster.connect import launcher_coordinator
-    from weightferry.cluster.topology import read_topology
+    from weightferry.cluster.launchers import read_topology
     from weightferry.phases.agree import agree
-    from weightferry.phases.requests import RankRequest
+    from weightferry.phases.job_request import RankRequest
     from weightferry.report.progress import show_progress
     from weightferry.settings import Settings
 
@@ -72,7 +72,7 @@ def verify(source: str, repair: bool, cache_dir: Path | None, as_json: bool) -> 
                 click.echo(_text(results, hosts))
             damaged = tuple(dict.fromkeys(file.source for result in results.values() for file in result.damaged))
             if damaged and repair:
-                from weightferry.repair import repair as repair_files
+                from weightferry.repair_cache import repair as repair_files
 
                 damaged = repair_files(coordinator, layout, settings, results)
                 if coordinator.rank == 0 and not as_json:

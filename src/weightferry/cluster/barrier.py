@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
-from weightferry.cluster.results import PhaseResult, RankResult
+from weightferry.cluster.phase_results import PhaseResult, RankResult
 from weightferry.cluster.store import put
 
 _TICKS_KEPT = 100  # a waiting rank that reads the count and then waits for the next tick is never 100 ticks late

@@ -13,7 +13,7 @@ from subprocess import run
 from typing import TYPE_CHECKING
 
 from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
-from weightferry.cluster.topology import Topology, read_topology
+from weightferry.cluster.launchers import Topology, read_topology
 from weightferry.errors import BadRequest, NotDistributed
 from weightferry.settings import Settings
 

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
-from weightferry.cluster.collector import JobState, ResultCollector
 from weightferry.cluster.coordinator import Aborted, Coordinator
 from weightferry.cluster.heartbeat import Heartbeat, HeartbeatSender, heartbeat_key
-from weightferry.cluster.results import PhaseResult, RankResult
+from weightferry.cluster.launchers import Topology
+from weightferry.cluster.phase_results import PhaseResult, RankResult
+from weightferry.cluster.result_collector import JobState, ResultCollector
 from weightferry.cluster.store import RecordingStore, StoreClients, clone, put
-from weightferry.cluster.topology import Topology
 from weightferry.errors import CollectError, Failure, LeaderLost, from_failures
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weightferry.cluster.machine import boot_id
 from weightferry.cluster.mounts import is_local
 from weightferry.cluster.storage_probe import ProbeResult
-from weightferry.cluster.topology import boot_id
 from weightferry.errors import format_ranks
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import distributed as dist
 
 from weightferry.cluster.barrier import StoreBarrier
-from weightferry.cluster.results import PhaseResult
+from weightferry.cluster.phase_results import PhaseResult
 from weightferry.cluster.store import put
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings

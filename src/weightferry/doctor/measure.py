@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightferry.cluster.connect import process_group_coordinator
-from weightferry.cluster.topology import boot_id
+from weightferry.cluster.machine import boot_id
 from weightferry.doctor.disk import check_cache_folder, local_disks
 from weightferry.doctor.findings import Findings, Node
 from weightferry.doctor.folders import cleaned_up, compare_folders, remove_scratch

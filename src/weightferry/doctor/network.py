@@ -58,8 +58,9 @@ def measure_origin(coordinator: Coordinator, source: str | None, size: int, sett
 
 
 def _read_origin(source: str, size: int, settings: Settings, coordinator: Coordinator) -> OriginRate:
-    from weightferry.origins.base import RangeIgnored, origin_for
+    from weightferry.origins.base import RangeIgnored
     from weightferry.origins.pin_sources import pin_sources
+    from weightferry.origins.registry import origin_for
 
     rate: OriginRate = {"source": redact(source), "error": None, "bytes": 0, "seconds": 0.0, "mb_s": None}
     try:

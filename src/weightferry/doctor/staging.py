@@ -13,7 +13,7 @@ from weightferry.cluster.coordinator import Coordinator
 from weightferry.doctor.findings import StageResult
 from weightferry.doctor.request import CheckRequest, ScratchPaths
 from weightferry.errors import CollectError
-from weightferry.phases.requests import RankRequest
+from weightferry.phases.job_request import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 

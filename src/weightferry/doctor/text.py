@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from weightferry.doctor.findings import Conclusion, Findings, Node, SharedFolder, StageResult
-from weightferry.report.text import format_size
+from weightferry.report.report_text import format_size
 
 _NONE = "-"
 

@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 
 from weightferry.errors import CollectError
-from weightferry.launch.environment import RANK_VARIABLES, TaskEnvironment
+from weightferry.launch.submitit_environment import RANK_VARIABLES, TaskEnvironment
 from weightferry.launch.watchdog import watchdog
 
 # Seconds that rank 0 stays after it asked Slurm to requeue the job. Slurm ends the whole step within moments. If a rank

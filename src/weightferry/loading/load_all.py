@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.cluster.topology import read_topology
+from weightferry.cluster.launchers import read_topology
 from weightferry.errors import PlanMismatch
 from weightferry.loading.digest import Digests, combine_digests, difference_error, find_differing, tensor_digests
-from weightferry.loading.objects import check_loadable, prepare_object
+from weightferry.loading.hook_registry import Hook
+from weightferry.loading.load_object import check_loadable, prepare_object
 from weightferry.loading.options import DEFAULT_OPTIONS, LoadOptions
 from weightferry.loading.read_ahead import read_ahead
-from weightferry.loading.registry import Hook
 from weightferry.loading.weight_files import list_weight_files
 
 

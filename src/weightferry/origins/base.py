@@ -1,10 +1,9 @@
-"""The `Origin` protocol, the errors that a retry may cure, and the table from URL scheme to implementation."""
+"""The `Origin` protocol, and the errors that a retry may cure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from importlib import import_module
 from typing import Any, Protocol
 
 from weightferry.errors import BadRequest, Failure, OriginError
@@ -116,25 +115,6 @@ class Busy(TransientOriginError):
 
 class RangeIgnored(Exception):
     """The origin answered a range request with the whole file."""
-
-
-_CLASSES = {
-    "hf": "weightferry.origins.hub:HubOrigin",
-    "http": "weightferry.origins.http:HttpOrigin",
-    "https": "weightferry.origins.http:HttpOrigin",
-    "file": "weightferry.origins.filesystem:FilesystemOrigin",
-}
-_FALLBACK = "weightferry.origins.fsspec:FsspecOrigin"
-
-
-def origin_for(scheme: str, settings: Settings) -> Origin:
-    """Create the origin for a URL scheme; fsspec serves every scheme without an implementation of its own.
-
-    A scheme that fsspec does not know, or whose package is not installed, fails in `Origin.resolve`, with `BadRequest`.
-    """
-    module, _, name = _CLASSES.get(scheme, _FALLBACK).partition(":")
-    origin: Origin = getattr(import_module(module), name)(settings)
-    return origin
 
 
 def is_below(name: str, path: str) -> bool:

@@ -15,8 +15,9 @@ from pathlib import Path
 from weightferry.errors import OriginUnreachable, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, PinnedSource
-from weightferry.origins.base import Origin, Unreachable, is_below, origin_for, suggest_similar
+from weightferry.origins.base import Origin, Unreachable, is_below, suggest_similar
 from weightferry.origins.filesystem import read_file
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source, safe_path
 

@@ -12,7 +12,8 @@ from typing import Any
 from weightferry.errors import BadRequest, SourceNotFound
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, PinnedSource
-from weightferry.origins.base import Origin, is_below, origin_for, suggest_similar
+from weightferry.origins.base import Origin, is_below, suggest_similar
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source
 

@@ -13,7 +13,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from weightferry.errors import BadRequest, error_context
 from weightferry.manifest import File, Manifest, PinnedSource
-from weightferry.origins.base import Origin, is_below, origin_for
+from weightferry.origins.base import Origin, is_below
+from weightferry.origins.registry import origin_for
 from weightferry.origins.retry import Monitor, call_with_retries
 from weightferry.origins.shard_index import read_shard_paths
 from weightferry.settings import Settings

@@ -13,10 +13,10 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.trust import check_cache_folder, prepare_cache_folder
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.cluster.domains import FolderIdentity, StorageDomain, group_by_folder, merge_domains
+from weightferry.cluster.machine import boot_id
 from weightferry.cluster.storage_probe import READ_ONLY, ProbeResult, StorageProbe
-from weightferry.cluster.topology import boot_id
 from weightferry.errors import BadRequest, PlanMismatch, format_ranks
-from weightferry.phases.requests import JobRequest, RankDescription, RankRequest
+from weightferry.phases.job_request import JobRequest, RankDescription, RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 

@@ -20,10 +20,10 @@ from weightferry.cluster.visibility import wait_until_visible
 from weightferry.errors import BadRequest, CollectError, IntegrityError, SourceNotFound, error_context
 from weightferry.manifest import File, Manifest
 from weightferry.origins.pin_sources import RequestedFiles, Resolution, manifest_entries
-from weightferry.phases.requests import JobRequest, RankRequest
-from weightferry.phases.state import DomainState
-from weightferry.report.run import DomainReport, RunReport
-from weightferry.report.summary import DomainResult
+from weightferry.phases.domain_state import DomainState
+from weightferry.phases.job_request import JobRequest, RankRequest
+from weightferry.report.build_report import DomainResult
+from weightferry.report.run_report import DomainReport, RunReport
 
 _FIRST_BLOCK = 1 << 16
 """Bytes at the start of a file that every rank reads: they show whether it sees what the leader published."""

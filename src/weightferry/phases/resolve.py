@@ -11,11 +11,12 @@ from weightferry.cache.survey import is_complete
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import OriginUnreachable
 from weightferry.manifest import File, PinnedSource
-from weightferry.origins.base import Origin, origin_for
+from weightferry.origins.base import Origin
 from weightferry.origins.hub_cache import HubCacheOrigin, is_offline, user_hub_cache
 from weightferry.origins.lockfile import Lockfile
 from weightferry.origins.pin_sources import Resolution, pin_sources
-from weightferry.phases.requests import JobRequest
+from weightferry.origins.registry import origin_for
+from weightferry.phases.job_request import JobRequest
 from weightferry.settings import Settings
 
 

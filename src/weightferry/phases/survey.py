@@ -11,7 +11,7 @@ from weightferry.cache.space import make_room
 from weightferry.cache.survey import DomainSurvey
 from weightferry.cache.usage import hold_sources
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.phases.state import DomainState
+from weightferry.phases.domain_state import DomainState
 from weightferry.transfer.origin_reader import find_unreachable_sources
 
 

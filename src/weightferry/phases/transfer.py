@@ -7,7 +7,7 @@ from functools import partial
 
 from weightferry.cache.survey import DomainSurvey
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.phases.state import DomainState
+from weightferry.phases.domain_state import DomainState
 from weightferry.transfer.plan import Plan, TransferTask
 from weightferry.transfer.run_transfer import TransferResult, run_transfer
 from weightferry.transfer.verify_results import verify_results

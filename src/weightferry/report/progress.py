@@ -15,7 +15,7 @@ from functools import partial
 from tqdm import tqdm
 
 from weightferry.report.rank_progress import Progress
-from weightferry.report.text import format_size
+from weightferry.report.report_text import format_size
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PRELOAD = ("torch.distributed", "weightferry.testing.ranks", "weightferry.staging", "weightferry.loading.registry")
+_PRELOAD = (
+    "torch.distributed",
+    "weightferry.testing.ranks",
+    "weightferry.staging",
+    "weightferry.loading.hook_registry",
+)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from typing import TypeVar
 
 from weightferry.errors import CollectError, OriginUnreachable, error_context
 from weightferry.manifest import Manifest
-from weightferry.origins.base import Origin, TransientOriginError, Unreachable, origin_for
+from weightferry.origins.base import Origin, TransientOriginError, Unreachable
 from weightferry.origins.hub_cache import HubCacheOrigin, user_hub_cache
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.transfer.connection_limiter import ConnectionLimiter
 from weightferry.transfer.piece_store import PieceStore
 from weightferry.transfer.pieces import Piece
 from weightferry.transfer.range_reader import RangeReader
-from weightferry.transfer.session import TransferSession
+from weightferry.transfer.transfer_session import TransferSession
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.origins.base import Origin, origin_for
+from weightferry.origins.base import Origin
+from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.transfer.incoming_file import ChecksumMismatch
 from weightferry.transfer.origin_reader import OriginReader
 from weightferry.transfer.piece_store import PieceStore
 from weightferry.transfer.plan import TransferTask
 from weightferry.transfer.relay.queue import RelayQueue
-from weightferry.transfer.session import TransferSession
+from weightferry.transfer.transfer_session import TransferSession
 
 # Files hashed at a time. SHA-256 runs at 1.8 GB/s a core (measured), so four keep up with 50 Gbit/s.
 _HASH_THREADS = 4

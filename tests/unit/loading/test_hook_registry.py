@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from weightferry.loading import registry
-from weightferry.loading.hooks import load_cyclic_lr, load_module, load_sentencepiece, load_state, transfer_module
-from weightferry.loading.registry import (
+from weightferry.loading import hook_registry as registry
+from weightferry.loading.hook_registry import (
     DEFAULT_LOAD_HOOKS,
     DEFAULT_TRANSFER_HOOKS,
     find_hook,
@@ -20,6 +19,7 @@ from weightferry.loading.registry import (
     mark_as_transfer,
     register_checkpoint_hooks,
 )
+from weightferry.loading.hooks import load_cyclic_lr, load_module, load_sentencepiece, load_state, transfer_module
 
 
 @pytest.fixture(autouse=True)

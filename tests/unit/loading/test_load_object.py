@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from weightferry.errors import IntegrityError, LoadError, NoHook
-from weightferry.loading.objects import check_loadable, load_object
-from weightferry.loading.registry import (
+from weightferry.loading.hook_registry import (
     DEFAULT_LOAD_HOOKS,
     DEFAULT_TRANSFER_HOOKS,
     mark_as_loader,
     mark_as_transfer,
     register_checkpoint_hooks,
 )
+from weightferry.loading.load_object import check_loadable, load_object
 
 
 @pytest.fixture(autouse=True)

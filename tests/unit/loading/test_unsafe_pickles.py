@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.unit.loading.malformed import RunsCommand
 from weightferry.errors import Failure, LoadError, UnsafeFile
-from weightferry.loading.objects import load_object
+from weightferry.loading.load_object import load_object
 from weightferry.loading.pickles import unsafe_globals
 from weightferry.loading.readers import read_state
 

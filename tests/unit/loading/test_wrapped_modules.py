@@ -10,7 +10,7 @@ from torch import nn
 
 from weightferry.loading.hooks import load_module, transfer_module
 from weightferry.loading.keys import align_keys, unwrap
-from weightferry.loading.objects import load_object
+from weightferry.loading.load_object import load_object
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 import weightferry
 from weightferry.cluster.connect import process_group_coordinator
-from weightferry.phases.requests import RankRequest
+from weightferry.phases.job_request import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest
 from weightferry.staging import collect

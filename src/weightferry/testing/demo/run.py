@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from weightferry.report.run import DomainReport, RunReport
-from weightferry.report.text import format_size, table
+from weightferry.report.report_text import format_size, table
+from weightferry.report.run_report import DomainReport, RunReport
 from weightferry.testing.hub import HubServer
 
 REPO = "sentence-transformers/all-MiniLM-L6-v2"

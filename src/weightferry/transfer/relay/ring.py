@@ -23,7 +23,7 @@ from weightferry.transfer.relay.edge import POLL, BrokenEdge, Neighbour, connect
 from weightferry.transfer.relay.queue import RelayQueue
 from weightferry.transfer.relay.receiver import Receiver
 from weightferry.transfer.relay.sender import Sender
-from weightferry.transfer.session import TransferSession
+from weightferry.transfer.transfer_session import TransferSession
 
 
 def join_ring(

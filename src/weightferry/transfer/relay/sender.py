@@ -13,7 +13,7 @@ from weightferry.transfer.pieces import Piece
 from weightferry.transfer.relay.edge import Edge
 from weightferry.transfer.relay.frames import ACKNOWLEDGE_TAG, END, FRAMES_IN_FLIGHT, IDLE, KEEP_ALIVE, message_tag
 from weightferry.transfer.relay.queue import RelayFrame, RelayQueue
-from weightferry.transfer.session import TransferSession
+from weightferry.transfer.transfer_session import TransferSession
 
 
 class Sender:

@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from weightferry.errors import BadRequest
 
@@ -134,11 +133,3 @@ def _int(environ: Mapping[str, str], name: str) -> int:
         return int(environ[name])
     except ValueError:
         raise BadRequest(f"{name} must be a whole number, it is {environ[name]!r}") from None
-
-
-def boot_id() -> str:
-    """Return the boot id of the running kernel: ranks with the same id share one machine, whatever their host names."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()

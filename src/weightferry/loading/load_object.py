@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from torch import nn
 
 from weightferry.errors import CollectError, LoadError, NoHook, redact
-from weightferry.loading.hooks import PREPARE_BY_HOOK
-from weightferry.loading.keys import unwrap
-from weightferry.loading.options import DEFAULT_OPTIONS, LoadOptions
-from weightferry.loading.registry import (
+from weightferry.loading.hook_registry import (
     DEFAULT_LOAD_HOOKS,
     DEFAULT_TRANSFER_HOOKS,
     LOADER_MARK,
@@ -19,6 +16,9 @@ from weightferry.loading.registry import (
     fallback_hook,
     find_hook,
 )
+from weightferry.loading.hooks import PREPARE_BY_HOOK
+from weightferry.loading.keys import unwrap
+from weightferry.loading.options import DEFAULT_OPTIONS, LoadOptions
 
 if TYPE_CHECKING:
     import os

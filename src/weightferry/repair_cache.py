@@ -14,7 +14,7 @@ from weightferry.cluster.coordinator import Coordinator
 from weightferry.hashing import Checksum
 from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.origins.lockfile import Lockfile
-from weightferry.phases.requests import RankRequest
+from weightferry.phases.job_request import RankRequest
 from weightferry.settings import Settings
 from weightferry.sources import SourceRequest, parse_source
 from weightferry.staging import collect

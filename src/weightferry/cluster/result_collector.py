@@ -16,7 +16,7 @@ from torch import distributed as dist
 from weightferry.cluster.barrier import StoreBarrier
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.cluster.heartbeat import Heartbeat, StallDetector, heartbeat_key
-from weightferry.cluster.results import PhaseResult, RankResult
+from weightferry.cluster.phase_results import PhaseResult, RankResult
 from weightferry.errors import CollectError, Failure, LeaderLost, Stalled, format_ranks
 from weightferry.report.rank_progress import Progress
 from weightferry.settings import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightferry.manifest import Manifest
-from weightferry.report.run import DomainReport, RunReport
+from weightferry.report.run_report import DomainReport, RunReport
 
 
 @dataclass(frozen=True)

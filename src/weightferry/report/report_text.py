@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightferry.report.run import RunReport
+from weightferry.report.run_report import RunReport
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 

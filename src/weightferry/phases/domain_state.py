@@ -15,7 +15,7 @@ from weightferry.cache.survey import CacheSurveyor
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.origins.hub_cache import cached_blob, is_offline, user_hub_cache
-from weightferry.phases.requests import JobRequest
+from weightferry.phases.job_request import JobRequest
 from weightferry.report.progress import show_progress
 from weightferry.settings import Settings
 from weightferry.transfer.run_transfer import TransferResult

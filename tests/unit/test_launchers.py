@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.doubles import environ
 from weightferry.cluster.connect import master
-from weightferry.cluster.topology import LAUNCHERS, Topology, boot_id, read_topology
+from weightferry.cluster.launchers import LAUNCHERS, Topology, read_topology
+from weightferry.cluster.machine import boot_id
 from weightferry.errors import BadRequest, NotDistributed
 
 TORCHRUN = environ(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
