@@ -22,29 +22,29 @@ LIMIT = 20.0  # seconds
 
 @dataclass(frozen=True)
 class Case:
-    """The killed rank, the phase, and the expected error on the other ranks."""
+    """The node of each rank, the killed rank, the phase, and the expected error on the other ranks."""
 
+    nodes: tuple[int, ...]
     victim: int
     phase: str
-    tasks_per_node: int = 2
     late: int = -1
     text: str = ""
 
     @property
     def ranks(self) -> int:
-        return 4 * self.tasks_per_node
+        return len(self.nodes)
 
     @property
-    def node(self) -> str:
-        return f"node{self.victim // self.tasks_per_node + 1}"
+    def hosts(self) -> list[str]:
+        return [f"node{number}" for number in self.nodes]
 
 
 CASES = {
-    "leader": Case(4, "transfer", text="on node3 (rank 4"),
-    "follower": Case(3, "transfer", text="on node2 (rank 3"),
-    "rank 0": Case(0, "transfer"),
-    "follower before all ranks have called": Case(2, "agree", 1, late=3, text="on node3 (rank 2"),
-    "rank 0 during its request": Case(0, "resolve", 1),
+    "leader": Case((1, 2, 3, 3, 4), 2, "transfer", text="on node3 (rank 2"),
+    "follower": Case((1, 2, 3, 3, 4), 3, "transfer", text="on node3 (rank 3"),
+    "rank 0": Case((1, 1, 2, 3, 4), 0, "transfer"),
+    "follower before all ranks have called": Case((1, 2, 3, 4), 2, "agree", late=3, text="on node3 (rank 2"),
+    "rank 0 during its request": Case((1, 2, 3, 4), 0, "resolve"),
 }
 
 
@@ -57,7 +57,8 @@ class Job:
         self.folder.mkdir()
         environ = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "OMP_NUM_THREADS": "1"}
         environ["GLOO_SOCKET_IFNAME"] = "eth0"
-        command = ["srun", "-N4", f"--ntasks-per-node={case.tasks_per_node}", "--overlap", "--kill-on-bad-exit=0"]
+        command = ["srun", f"-n{case.ranks}", "--distribution=arbitrary", f"--nodelist={','.join(case.hosts)}"]
+        command += ["--overlap", "--kill-on-bad-exit=0"]
         command += [sys.executable, str(HERE / "lost_rank.py"), REPO, f"/local/lost{number}", str(self.folder)]
         self.process = testbed.popen(
             [*command, str(9300 + number), str(case.late)],
@@ -72,12 +73,12 @@ class Job:
         if self.case.phase != "transfer":
             return True
         partial = f"ls /local/lost{self.folder.name[4:]}/partial/*/* 2>/dev/null | grep -q journal"
-        return self.testbed.run(["sh", "-c", partial], self.case.node, check=False).returncode == 0
+        return self.testbed.run(["sh", "-c", partial], self.case.hosts[self.case.victim], check=False).returncode == 0
 
     def kill(self) -> None:
         pid = (self.folder / f"pid{self.case.victim}").read_text()
         self.killed = time.time()
-        self.testbed.run(["kill", f"-{signal.SIGKILL.value}", pid], self.case.node)
+        self.testbed.run(["kill", f"-{signal.SIGKILL.value}", pid], self.case.hosts[self.case.victim])
 
     def ends(self) -> dict[int, dict[str, str]]:
         """The results of the surviving ranks that have ended."""
