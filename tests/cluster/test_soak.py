@@ -53,7 +53,7 @@ class SoakSetup:
 
     Attributes
     ----------
-    wanted
+    checksums
         A file with the SHA-256 of each file of each model.
     sizes
         By model, its bytes.
