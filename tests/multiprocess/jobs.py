@@ -40,6 +40,16 @@ def each(*calls: Callable[[], Any]) -> list[Got]:
     return gots
 
 
+def in_own_cache(name: str, call: Callable[[], Any]) -> Any:
+    """Make the call with a cache folder of its own, beside the cache folder of this rank's node."""
+    cache = os.environ["WEIGHTFERRY_CACHE_DIR"]
+    os.environ["WEIGHTFERRY_CACHE_DIR"] = f"{cache}-{name}"
+    try:
+        return call()
+    finally:
+        os.environ["WEIGHTFERRY_CACHE_DIR"] = cache
+
+
 def by_rank(calls: Mapping[int, Callable[[], Any]], other: Callable[[], Any]) -> Any:
     """Make the call of this rank, or the one of all others."""
     return calls.get(rank(), other)()
