@@ -225,6 +225,16 @@ def command(out: Path, *arguments: str) -> tuple[int, str, str]:
     return code, texts[0].read_text(), texts[1].read_text()
 
 
+def commands(out: Path, *calls: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Run the command several times, each as `command` does it, with folders 0, 1, ... for its output."""
+    done = []
+    for number, arguments in enumerate(calls):
+        folder = out / str(number)
+        folder.mkdir(exist_ok=True)
+        done.append(command(folder, *arguments))
+    return done
+
+
 def _plain(state: Any) -> Any:
     import torch
 
