@@ -1,1 +1,1 @@
-"""Figures, printed and never asserted."""
+"""Benchmarks: they print figures and assert nothing."""

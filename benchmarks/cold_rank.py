@@ -1,9 +1,8 @@
-"""One rank of `cold_start.py`: meets the others, gets the weights in one of the ways people do, and loads them.
+"""One rank of `cold_start.py`: it joins the process group, gets the weights in one of several ways, and loads them.
 
     srun ... python benchmarks/cold_rank.py WAY REPOSITORY CACHE OUT
 
-Writes seconds, counted from the moment when all ranks have met, to OUT/RANK.json. Whatever way it is, everything is
-imported by then, as at the top of a script.
+It writes the seconds since all ranks have joined to OUT/RANK.json. All imports are done before that, for every way.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ State = Mapping[str, torch.Tensor]
 
 
 def load(folder: Path) -> list[State]:
-    """Load every file of weights as most scripts do."""
+    """Load every file of weights with `torch.load`, as most scripts do."""
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
 
 
 def weightferry_stage(repo: str, cache: Path) -> Path:
-    """weightferry, as in the README."""
+    """Stage with weightferry, as in the README."""
     return weightferry.stage(repo, cache_dir=cache)
 
 
 def local_rank_first(repo: str, cache: Path) -> Path:
-    """As `accelerate.PartialState().local_main_process_first()` does it, around huggingface_hub."""
+    """Download with huggingface_hub inside the logic of accelerate's `local_main_process_first`."""
     first = os.environ["SLURM_LOCALID"] == "0"
     if not first:
         dist.barrier()
@@ -49,12 +48,12 @@ def local_rank_first(repo: str, cache: Path) -> Path:
 
 
 def every_rank(repo: str, cache: Path) -> Path:
-    """`snapshot_download` on every rank."""
+    """Call `snapshot_download` on every rank."""
     return Path(snapshot_download(repo, cache_dir=cache))
 
 
 def rank_0_broadcasts(repo: str, cache: Path) -> None:
-    """Rank 0 downloads and loads, and broadcasts tensor by tensor."""
+    """Download and load on rank 0, and broadcast each tensor."""
     states = load(every_rank(repo, cache)) if dist.get_rank() == 0 else []
     shapes: list[Any] = [[{key: (value.shape, value.dtype) for key, value in state.items()} for state in states]]
     dist.broadcast_object_list(shapes)
@@ -72,7 +71,7 @@ WAYS: dict[str, Callable[[str, Path], Path | None]] = {
 
 
 def main() -> None:
-    """Run one way on this rank."""
+    """Measure one way on this rank."""
     way, repo, cache, out = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     torch.set_num_threads(1)
@@ -80,12 +79,12 @@ def main() -> None:
     dist.barrier()
     began = time.monotonic()
     folder = WAYS[way](repo, cache)
-    brought = time.monotonic()
+    downloaded = time.monotonic()
     if folder is not None:
         load(folder)
     ended = time.monotonic()
-    told = {"bring": brought - began, "load": ended - brought, "seconds": ended - began}
-    (out / f"{rank}.json").write_text(json.dumps(told))
+    result = {"bring": downloaded - began, "load": ended - downloaded, "seconds": ended - began}
+    (out / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,11 +1,11 @@
-"""A cold start on a real Slurm cluster of this machine's own, side by side with the other ways, in one run.
+"""Measure a cold start with weightferry and with other ways, on a real Slurm cluster on this machine, in one run.
 
     python -m benchmarks.cold_start [--nodes 1,2,4,8] [--only one,twelve,connections] [--json FILE]
 
-Needs root on Debian (slurm/testbed). Origin 500 Mbit/s and nodes 2,000 Mbit/s each way, two ranks a node; seconds count
-from the moment when all ranks have met until the last one has loaded. The limit is the slower of "one copy from the
-origin" and "one copy into a node", and the load time of one node alone. `connections`: an origin that gives 80 Mbit/s
-to each connection, 2,000 in all.
+It needs root on Debian (slurm/testbed). The origin has 500 Mbit/s and each node 2,000 Mbit/s in each direction; a node
+has two ranks. The seconds count from the moment when all ranks have joined until the last rank has loaded. The limit is
+the slower of "one copy from the origin" and "one copy into a node", plus the load time of one node alone. `connections`
+uses an origin with 80 Mbit/s per connection and 2,000 Mbit/s in total.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from slurm.testbed import Spec, Testbed
 HERE = Path(__file__).parent
 SIZE = 268_435_456  # bytes of the checkpoint
 ORIGIN_MBIT, NODE_MBIT, TASKS = 500, 2000, 2
-PEERS = ("local rank first", "rank 0 broadcasts", "every rank downloads")
+OTHER_WAYS = ("local rank first", "rank 0 broadcasts", "every rank downloads")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one size."""
+    """The result of one way with one number of nodes."""
 
     what: str
     nodes: int
@@ -47,12 +47,12 @@ class Row:
 
 
 class Bench:
-    """A testbed with an origin that serves the models.
+    """A testbed and an origin that serves the models.
 
     Parameters
     ----------
     rate
-        Bytes a second of each connection; None: as fast as the link.
+        Bytes per second of each connection; None: no limit.
     """
 
     def __init__(self, testbed: Testbed, models: Path, rate: float | None = None) -> None:
@@ -60,14 +60,14 @@ class Bench:
         command = [sys.executable, "-m", "weightferry.testing.hub", str(models), "--port", "8500"]
         command += ["--host", testbed.addresses["origin"]]
         limit = ["--rate", str(rate)] if rate else []
-        self._hub = testbed.start_origin([*command, "--cdn-port", "8501", *limit], 8500, patience=120)
+        self._hub = testbed.start_origin([*command, "--cdn-port", "8501", *limit], 8500, timeout=120)
 
     def _served(self) -> int:
         stats = self._testbed.run(["curl", "-s", f"{self._hub.url}/-/stats"], "origin").stdout
         return int(json.loads(stats)["content_bytes"])
 
     def run(self, way: str, model: str, nodes: int, cache: str | None = None) -> tuple[int, list[dict[str, float]]]:
-        """Run one way on some nodes; bytes that left the origin, and what each rank measured."""
+        """Run one way on some nodes; return the bytes from the origin, and the figures of each rank."""
         out = self._testbed.shared / secrets.token_hex(4)
         out.mkdir()
         cache = cache or f"/local/{out.name}"
@@ -85,45 +85,47 @@ class Bench:
         )
         return self._served() - before, [json.loads(file.read_text()) for file in out.iterdir()]
 
-    def forget(self, nodes: int) -> None:
-        """Remove all caches: the nodes' disks are the machine's memory."""
+    def clear_caches(self, nodes: int) -> None:
+        """Remove all caches: the disks of the nodes are in memory."""
         self._testbed.srun(f"-N{nodes}", "--ntasks-per-node=1", "sh", "-c", "rm -rf /local/*")
 
 
-def last(ranks: list[dict[str, float]], what: str = "seconds") -> float:
-    """The slowest rank's figure."""
-    return max(rank[what] for rank in ranks)
+def last(ranks: list[dict[str, float]], key: str = "seconds") -> float:
+    """Return the figure of the slowest rank."""
+    return max(rank[key] for rank in ranks)
 
 
 def cold(bench: Bench, model: str, nodes: int, load: float, ways: tuple[str, ...]) -> list[Row]:
-    """Run ways one after the other, each from nothing."""
+    """Run ways one after the other, each with empty caches."""
     limit = max(SIZE / ORIGIN_MBIT, SIZE / NODE_MBIT) * 8e-6 + load
     rows = []
     for way in ways:
         served, ranks = bench.run(way, model, nodes)
         rows.append(Row(model, nodes, way, served / SIZE, last(ranks), limit))
         print(rows[-1], flush=True)  # noqa: T201 -- the result
-        bench.forget(nodes)
+        bench.clear_caches(nodes)
     return rows
 
 
-def side_by_side(models: Path, counts: list[int], wanted: list[str]) -> list[Row]:
-    """Cold starts at every number of nodes, with the other ways."""
+def side_by_side(models: Path, counts: list[int], selected: list[str]) -> list[Row]:
+    """Measure cold starts with every number of nodes, with weightferry and the other ways."""
     rows: list[Row] = []
     for nodes in counts:
         with Testbed(Spec(nodes=nodes, node_mbit=NODE_MBIT, origin_mbit=ORIGIN_MBIT)) as testbed:
             bench = Bench(testbed, models)
-            for model in wanted:
+            for model in selected:
                 bench.run("weightferry", model, 1, "/local/warm")
                 _, ranks = bench.run("weightferry", model, 1, "/local/warm")
                 load = last(ranks, "load")
-                bench.forget(nodes)
-                rows += cold(bench, model, nodes, load, ("weightferry", *(PEERS if nodes > 1 else PEERS[-1:])))
+                bench.clear_caches(nodes)
+                rows += cold(
+                    bench, model, nodes, load, ("weightferry", *(OTHER_WAYS if nodes > 1 else OTHER_WAYS[-1:]))
+                )
     return rows
 
 
 def connections(models: Path, counts: list[int]) -> list[Row]:
-    """An origin that gives each connection 80 Mbit/s, and 2,000 to all."""
+    """Measure with an origin of 80 Mbit/s per connection and 2,000 Mbit/s in total."""
     rows = []
     for nodes in (1, max(counts)):
         with Testbed(Spec(nodes=nodes, node_mbit=NODE_MBIT, origin_mbit=2000)) as testbed:
@@ -131,12 +133,12 @@ def connections(models: Path, counts: list[int]) -> list[Row]:
             limit = max(SIZE / 2000, SIZE / NODE_MBIT) * 8e-6
             rows.append(Row("80 Mbit each", nodes, "weightferry", served / SIZE, last(ranks, "bring"), limit))
             print(rows[-1], flush=True)  # noqa: T201
-    print(f"{max(counts)} nodes against one: {rows[0].seconds / rows[1].seconds:.2f} x faster")  # noqa: T201
+    print(f"{max(counts)} nodes compared to one: {rows[0].seconds / rows[1].seconds:.2f} x faster")  # noqa: T201
     return rows
 
 
 def write_models(folder: Path) -> None:
-    """Make one checkpoint of 268 MB, and the same bytes in twelve files with a configuration."""
+    """Write one checkpoint of 268 MB, and one of the same size in twelve files."""
     generator = torch.Generator().manual_seed(0)
     for name, files in (("one", 1), ("twelve", 11)):
         (folder / "bench" / name).mkdir(parents=True)
@@ -148,20 +150,20 @@ def write_models(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", default="1,2,4,8")
     parser.add_argument("--only", default="one,twelve,connections")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    counts, only = [int(count) for count in given.nodes.split(",")], given.only.split(",")
+    options = parser.parse_args()
+    counts, parts = [int(count) for count in options.nodes.split(",")], options.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         write_models(models)
-        rows = side_by_side(models, counts, [model for model in ("one", "twelve") if model in only])
-        rows += connections(models, counts) if "connections" in only else []
-    if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        rows = side_by_side(models, counts, [model for model in ("one", "twelve") if model in parts])
+        rows += connections(models, counts) if "connections" in parts else []
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

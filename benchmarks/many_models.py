@@ -1,9 +1,9 @@
-"""What a cache of many models costs: `weightferry cache ls`, and the survey of one of them beside that of one alone.
+"""Measure `weightferry cache ls` and the survey of one model, in a cache of one model and of many models.
 
     python benchmarks/many_models.py [--models 1000] [--repeat 9]
 
-Prints medians. The survey is timed warm and with the model missing, without a limit and with `max_size`, under which
-whoever lacks something counts what is there.
+It prints medians. It measures the survey with the model in the cache and with the model missing, without a limit and
+with `max_size`, where a leader with missing files adds up the size of the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = 10
 
 
 def model(name: str) -> tuple[PinnedSource, dict[str, bytes]]:
-    """Make up a model of some small files, and one that is hashed only when it changes."""
+    """Generate a model of some small files and one file that is hashed only when it changes."""
     content = {f"part{number}": f"{name}/{number}".encode() * 50 for number in range(FILES - 1)}
     content["weights"] = name.encode() * (3_000_000 // len(name))
     files = tuple(
@@ -43,7 +43,7 @@ def model(name: str) -> tuple[PinnedSource, dict[str, bytes]]:
 
 
 def fill(layout: CacheLayout, models: int) -> PinnedSource:
-    """Stage models as a leader does; return the last. The big file of all others is empty: only its entry counts."""
+    """Stage models as a leader does; return the last one. The large file of the other models is empty."""
     for number in range(models):
         pinned, content = model(f"m{number}")
         for file in pinned.files:
@@ -56,16 +56,16 @@ def fill(layout: CacheLayout, models: int) -> PinnedSource:
 
 
 def survey(layout: CacheLayout, pinned: PinnedSource, settings: Settings) -> None:
-    """What a leader does between resolve and transfer."""
+    """Do the work of a leader between resolve and transfer."""
     surveyor = CacheSurveyor(layout, Manifest((pinned,)), FileLocks(LockTimeouts(5), lambda: None))
-    seen = surveyor.survey()
-    lacking = [entry for index, entry in enumerate(surveyor.files) if index not in seen.complete]
+    result = surveyor.survey()
+    lacking = [entry for index, entry in enumerate(surveyor.files) if index not in result.complete]
     make_room(surveyor, lacking, settings, lambda: None)
     surveyor.release()
 
 
 def median(work: Callable[[], object], repeat: int) -> float:
-    """Milliseconds."""
+    """Return the median time of `work` in milliseconds."""
     seconds = []
     for _ in range(repeat):
         began = time.perf_counter()
@@ -75,29 +75,29 @@ def median(work: Callable[[], object], repeat: int) -> float:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=9)
-    given = parser.parse_args()
+    options = parser.parse_args()
     missing, _ = model("missing")
-    for models in (1, given.models):
+    for models in (1, options.models):
         with tempfile.TemporaryDirectory() as folder:
             layout = CacheLayout(Path(folder) / "cache")
             layout.root.mkdir()
             last = fill(layout, models)
             os.sync()
             command = [sys.executable, "-m", "weightferry.cli", "cache", "ls", "--cache-dir", str(layout.root)]
-            ls = median(lambda: subprocess.run(command, check=True, capture_output=True), given.repeat)  # noqa: B023
-            told = [f"{models} models: ls {ls:.0f} ms"]
+            ls = median(lambda: subprocess.run(command, check=True, capture_output=True), options.repeat)  # noqa: B023
+            parts = [f"{models} models: ls {ls:.0f} ms"]
             for limit in (0, 1 << 50):
                 settings = Settings(max_size=limit)
                 warm, cold = (
-                    median(lambda: survey(layout, one, settings), given.repeat)  # noqa: B023
-                    for one in (last, missing)
+                    median(lambda: survey(layout, source, settings), options.repeat)  # noqa: B023
+                    for source in (last, missing)
                 )
-                told.append(f"survey{' with max_size' * bool(limit)} warm {warm:.1f} ms, missing {cold:.1f} ms")
-            print("; ".join(told))  # noqa: T201 -- the result
+                parts.append(f"survey{' with max_size' * bool(limit)} warm {warm:.1f} ms, missing {cold:.1f} ms")
+            print("; ".join(parts))  # noqa: T201 -- the result
 
 
 if __name__ == "__main__":

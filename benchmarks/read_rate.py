@@ -1,9 +1,9 @@
-"""How fast one process reads one file from one server, beside huggingface_hub and curl; all in one run, nothing shaped.
+"""Measure the read rate of one process from one server: weightferry's origin, huggingface_hub and curl, in one run.
 
     python benchmarks/read_rate.py [--size 1.0] [--connections 4] [--piece 16] [--repeat 3]
 
-The server for tests runs in a process of its own and serves a sparse file, so that no disk is read. Each way writes the
-file to the temporary folder. Medians are printed: GB/s, and CPU seconds of the reading processes for each GB.
+The test server runs in its own process and serves a sparse file, so that it reads no disk. The network has no limit.
+Each way writes the file to the temporary folder. It prints medians: GB/s, and CPU seconds of the readers per GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "weights.bin"
 
 @contextmanager
 def serving(root: Path, size: int) -> Iterator[str]:
-    """Serve ``org/model`` with one sparse file of `size` bytes, from another process; yields the URL."""
+    """Serve ``org/model`` with one sparse file of `size` bytes from another process; yield the URL."""
     (root / "org/model").mkdir(parents=True)
     with (root / "org/model" / NAME).open("wb") as file:
         file.truncate(size)
@@ -40,7 +40,7 @@ def serving(root: Path, size: int) -> Iterator[str]:
 
 
 def by_origin(folder: Path, connections: int, piece: int) -> None:
-    """Read ranges on several threads, and write each where it belongs in a file that has its full size already."""
+    """Read ranges on several threads, and write each at its offset into a preallocated file."""
     from weightferry.origins.registry import origin_for  # reads HF_ENDPOINT
     from weightferry.settings import Settings
     from weightferry.sources import Source
@@ -54,12 +54,12 @@ def by_origin(folder: Path, connections: int, piece: int) -> None:
         def work() -> None:
             while True:
                 with lock:
-                    place = next(starts, None)
-                if place is None:
+                    offset = next(starts, None)
+                if offset is None:
                     return
-                with origin.read(pinned, NAME, place, min(place + piece, size)) as chunks:
+                with origin.read(pinned, NAME, offset, min(offset + piece, size)) as chunks:
                     for chunk in chunks:
-                        place += os.pwrite(out.fileno(), chunk, place)
+                        offset += os.pwrite(out.fileno(), chunk, offset)
 
         threads = [threading.Thread(target=work) for _ in range(connections)]
         for thread in threads:
@@ -69,18 +69,18 @@ def by_origin(folder: Path, connections: int, piece: int) -> None:
 
 
 def by_huggingface_hub(folder: Path) -> None:
-    """Let huggingface_hub do it, without Xet: the server offers none."""
+    """Download with huggingface_hub, without Xet: the server does not offer it."""
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("org/model", NAME, cache_dir=folder)
 
 
 def by_curl(folder: Path, url: str, size: int, connections: int) -> None:
-    """Let as many processes of curl read a range each."""
+    """Read with several curl processes, one range each."""
     ends = [size * number // connections for number in range(connections + 1)]
-    link = f"{url}/org/model/resolve/main/{NAME}"
+    file_url = f"{url}/org/model/resolve/main/{NAME}"
     curls = [
-        subprocess.Popen(["curl", "-sSfL", "-r", f"{start}-{stop - 1}", "-o", str(folder / f"part{start}"), link])
+        subprocess.Popen(["curl", "-sSfL", "-r", f"{start}-{stop - 1}", "-o", str(folder / f"part{start}"), file_url])
         for start, stop in itertools.pairwise(ends)
     ]
     codes = [curl.wait() for curl in curls]
@@ -89,7 +89,7 @@ def by_curl(folder: Path, url: str, size: int, connections: int) -> None:
 
 
 def measure(way: Callable[[Path], None], size: int, repeat: int) -> tuple[float, float]:
-    """Return the medians of (bytes per second, CPU seconds per byte), children that ended included."""
+    """Return the medians of (bytes per second, CPU seconds per byte), with the children that have ended."""
     rates, costs = [], []
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def measure(way: Callable[[Path], None], size: int, repeat: int) -> tuple[float,
             rates.append(size / (time.perf_counter() - began))
             costs.append((sum(os.times()[:4]) - used) / size)
             if sum(path.stat().st_size for path in Path(folder).rglob("*") if _is_content(path)) != size:
-                raise SystemExit("not the whole file")
+                raise SystemExit("the file is not complete")
     return statistics.median(rates), statistics.median(costs)
 
 
@@ -107,25 +107,27 @@ def _is_content(path: Path) -> bool:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, default=1.0, help="GB (default: %(default)s)")
     parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--piece", type=int, default=16, help="MiB (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
-    size = int(given.size * 1e9)
+    options = parser.parse_args()
+    size = int(options.size * 1e9)
     if not shutil.which("curl"):
-        parser.error("curl is needed")
+        parser.error("this benchmark needs curl")
     with tempfile.TemporaryDirectory() as root, serving(Path(root), size) as url:
         os.environ |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         ways: dict[str, Callable[[Path], None]] = {
-            f"HubOrigin, {given.connections} threads": lambda to: by_origin(to, given.connections, given.piece << 20),
+            f"HubOrigin, {options.connections} threads": lambda to: by_origin(
+                to, options.connections, options.piece << 20
+            ),
             "hf_hub_download": by_huggingface_hub,
-            f"curl x {given.connections}": lambda to: by_curl(to, url, size, given.connections),
+            f"curl x {options.connections}": lambda to: by_curl(to, url, size, options.connections),
         }
         for name, way in ways.items():
-            rate, cost = measure(way, size, given.repeat)
+            rate, cost = measure(way, size, options.repeat)
             print(f"{name:24} {rate / 1e9:6.2f} GB/s {cost * 1e9:6.2f} CPU s/GB", flush=True)  # noqa: T201 -- the result
 
 

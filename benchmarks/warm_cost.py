@@ -1,8 +1,8 @@
-"""What a call costs when everything is there already: warm `collect_files` beside a bare gloo barrier, in one run.
+"""Measure a warm `collect_files`, with all files in the cache, and a bare gloo barrier, in one run.
 
     python benchmarks/warm_cost.py [--ranks 8] [--files 10] [--repeat 20]
 
-Prints medians in milliseconds and their difference; one origin answers the one metadata request of each call.
+It prints medians in milliseconds and their difference. One origin answers the one metadata request of each call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure(files: int, repeat: int) -> tuple[float, float]:
 
 
 def median(call: Callable[[], object], repeat: int) -> float:
-    """Time `call` on ranks that start together."""
+    """Return the median time of `call` in seconds, on ranks that start together."""
     seconds = []
     for _ in range(repeat):
         dist.barrier()
@@ -42,19 +42,21 @@ def median(call: Callable[[], object], repeat: int) -> float:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--files", type=int, default=10)
     parser.add_argument("--repeat", type=int, default=20)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, HubServer() as hub:
-        hub.add_repo("org/model", {f"part{number}.ckpt": b"x" * 1000 for number in range(given.files)})
+        hub.add_repo("org/model", {f"part{number}.ckpt": b"x" * 1000 for number in range(options.files)})
         environ = {"HF_ENDPOINT": hub.url, "WEIGHTFERRY_CACHE_DIR": folder}
-        outcomes = run_ranks(measure, given.ranks, given.files, given.repeat, environ=lambda rank: environ, timeout=600)
+        outcomes = run_ranks(
+            measure, options.ranks, options.files, options.repeat, environ=lambda rank: environ, timeout=600
+        )
     collect, barrier = (statistics.median(column) for column in zip(*(each.get() for each in outcomes), strict=True))
     print(  # noqa: T201 -- the result
-        f"{given.ranks} ranks, {given.files} files, warm: collect_files {1000 * collect:.1f} ms, "
+        f"{options.ranks} ranks, {options.files} files, warm: collect_files {1000 * collect:.1f} ms, "
         f"barrier {1000 * barrier:.1f} ms, added {1000 * (collect - barrier):.1f} ms"
     )
 

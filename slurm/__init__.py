@@ -1,1 +1,1 @@
-"""Launchers and sbatch scripts for real clusters, and a real cluster on one machine to try them on."""
+"""Scripts for real Slurm clusters, and a real Slurm cluster on one machine for tests."""

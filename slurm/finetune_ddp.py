@@ -1,9 +1,9 @@
-"""Fine-tune the real MiniLM weights with DDP over several nodes, through submitit; goes on after a requeue.
+"""Fine-tune the real MiniLM weights with DDP on several nodes, through submitit; continue after a requeue.
 
     python slurm/finetune_ddp.py --nodes 2 --tasks-per-node 2 --source sentence-transformers/all-MiniLM-L6-v2
 
-The task is small and made here: tell sentences about food from sentences about machines. Each rank has its part of the
-batch; the loss goes down; rank 0 writes a checkpoint after every few steps, and a job that was cut goes on from it.
+The task is small and generated: distinguish sentences about food from sentences about machines. Each rank has its part
+of the batch, and the loss goes down. Rank 0 writes a checkpoint every few steps; a requeued job continues from it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ PATTERNS = ("we looked at {} today", "{} was near the window", "nobody asked for
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to train.
+class TrainingPlan:
+    """Options of the training.
 
     Attributes
     ----------
     source : str
         A repository with a BERT model: config.json, model.safetensors, tokenizer.json.
     folder : str
-        For checkpoints and logs; every node sees it.
+        For checkpoints and logs; every node must see it.
     steps : int
         Optimizer steps.
     save_every : int
         Steps between checkpoints.
     pause : float
-        Seconds to wait after each step, to make a job long enough to be cut.
+        Seconds to wait after each step; it makes the job long enough for a test of the requeue.
     """
 
     source: str
@@ -49,13 +49,13 @@ class Plan:
     pause: float = 0.0
 
 
-def train(plan: Plan) -> dict[str, Any]:
-    """Train on one rank; `weightferry.launch` has made the process group.
+def train(plan: TrainingPlan) -> dict[str, Any]:
+    """Train on one rank; `weightferry.launch` has initialised the process group.
 
     Returns
     -------
     dict
-        ``first_loss``, ``last_loss``, ``started_at`` (the step from which this life went on), ``steps``.
+        ``first_loss``, ``last_loss``, ``started_at`` (the first step after the checkpoint), ``steps``.
     """
     import torch
     from torch import distributed as dist
@@ -90,11 +90,11 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 class Classifier:
-    """Makes the module; a function of its own so that importing this file needs no torch."""
+    """Makes the module in a function, so that the import of this file does not import torch."""
 
     @staticmethod
     def of(encoder: Any) -> Any:
-        """Put a linear layer with two outputs on the mean of the encoder's last layer."""
+        """Return the encoder with a linear layer of two outputs on the mean of its last layer."""
         import torch
 
         class Head(torch.nn.Module):
@@ -123,12 +123,12 @@ def _build(folder: Path) -> tuple[Any, Any]:
 
 
 def _batch(tokenizer: Any, step: int, rank: int, size: int = 8) -> tuple[Any, Any, Any]:
-    """Make this rank's part of a batch: token ids and mask of shape (size, length), labels of shape (size,)."""
+    """Return this rank's part of a batch: token ids and mask of shape (size, length), labels of shape (size,)."""
     import torch
 
-    chance = random.Random(1000 * step + rank)  # noqa: S311 -- data, not secrets
-    labels = [chance.randrange(2) for _ in range(size)]
-    texts = [chance.choice(PATTERNS).format(chance.choice((FOOD, MACHINES)[label])) for label in labels]
+    generator = random.Random(1000 * step + rank)  # noqa: S311 -- data, not secrets
+    labels = [generator.randrange(2) for _ in range(size)]
+    texts = [generator.choice(PATTERNS).format(generator.choice((FOOD, MACHINES)[label])) for label in labels]
     encoded = tokenizer.encode_batch(texts)
     ids = torch.tensor([each.ids for each in encoded])
     mask = torch.tensor([each.attention_mask for each in encoded])
@@ -138,40 +138,44 @@ def _batch(tokenizer: Any, step: int, rank: int, size: int = 8) -> tuple[Any, An
 def _save(path: Path, model: Any, optimizer: Any, losses: list[float]) -> None:
     import torch
 
-    part = path.with_suffix(".part")
-    torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, part)
-    part.replace(path)
+    temporary = path.with_suffix(".part")
+    torch.save({"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, temporary)
+    temporary.replace(path)
 
 
 def _resume(path: Path, model: Any, optimizer: Any) -> tuple[int, list[float]]:
-    """Go on from the checkpoint, if there is one; whether there is, rank 0 decides for all."""
+    """Load the checkpoint, if there is one; rank 0 decides for all ranks. Return the next step and the losses."""
     import torch
     from torch import distributed as dist
 
-    found: list[Any] = [None]
+    checkpoint: list[Any] = [None]
     if dist.get_rank() == 0 and path.exists():
-        found = [torch.load(path, weights_only=True)]
-    dist.broadcast_object_list(found)
-    if found[0] is None:
+        checkpoint = [torch.load(path, weights_only=True)]
+    dist.broadcast_object_list(checkpoint)
+    if checkpoint[0] is None:
         return 0, []
-    model.module.load_state_dict(found[0]["model"])
-    optimizer.load_state_dict(found[0]["optimizer"])
-    return len(found[0]["losses"]), list(found[0]["losses"])
+    model.module.load_state_dict(checkpoint[0]["model"])
+    optimizer.load_state_dict(checkpoint[0]["optimizer"])
+    return len(checkpoint[0]["losses"]), list(checkpoint[0]["losses"])
 
 
 @click.command()
-@click.option("--nodes", default=2, show_default=True)
-@click.option("--tasks-per-node", default=2, show_default=True)
-@click.option("--source", default="sentence-transformers/all-MiniLM-L6-v2", show_default=True)
-@click.option("--folder", default="finetune", show_default=True, help="For checkpoints and logs; every node sees it.")
-@click.option("--steps", default=30, show_default=True)
-@click.option("--save-every", default=5, show_default=True)
+@click.option("--nodes", default=2, show_default=True, help="Number of nodes.")
+@click.option("--tasks-per-node", default=2, show_default=True, help="Ranks on each node.")
+@click.option("--source", default="sentence-transformers/all-MiniLM-L6-v2", show_default=True, help="The model.")
+@click.option(
+    "--folder", default="finetune", show_default=True, help="For checkpoints and logs; all nodes must see it."
+)
+@click.option("--steps", default=30, show_default=True, help="Optimizer steps.")
+@click.option("--save-every", default=5, show_default=True, help="Steps between checkpoints.")
 @click.option("--pause", default=0.0, show_default=True, help="Seconds after each step.")
-@click.option("--timeout-min", default=60, show_default=True)
-@click.option("--cluster", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True)
-@click.option("--partition", help="Of Slurm.")
+@click.option("--timeout-min", default=60, show_default=True, help="The job's time limit in minutes.")
+@click.option(
+    "--cluster", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True, help="Where the job runs."
+)
+@click.option("--partition", help="Slurm partition.")
 def main(nodes: int, tasks_per_node: int, timeout_min: int, cluster: str, partition: str | None, **plan: Any) -> None:
-    """Submit the training, follow it, and print what rank 0 returned."""
+    """Submit the training, print its output, and print the result of rank 0."""
     from weightferry.launch import submit
     from weightferry.launch.follow import follow
 
@@ -180,7 +184,7 @@ def main(nodes: int, tasks_per_node: int, timeout_min: int, cluster: str, partit
     options: dict[str, Any] = {"slurm_partition": partition} if partition else {}
     job = submit(
         train,
-        Plan(folder=str(folder), **plan),
+        TrainingPlan(folder=str(folder), **plan),
         nodes=nodes,
         tasks_per_node=tasks_per_node,
         cluster=cluster,

@@ -1,4 +1,4 @@
-"""A real Slurm cluster on one machine: slurmctld, slurmd nodes, an origin, each on a host of its own."""
+"""A real Slurm cluster on one machine: slurmctld, nodes and an origin, each on its own host (its own namespaces)."""
 
 from .cluster import Testbed
 from .errors import TestbedError

@@ -1,4 +1,4 @@
-"""`Testbed`: the cluster as an object."""
+"""`Testbed`: starts, uses and stops the cluster."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from types import TracebackType
 from typing import Any, final
 
 from . import registry, starting
-from .children import await_end, end
+from .child_processes import terminate, wait_for_end
+from .config_files import PROXY_VARIABLES
 from .errors import TestbedError
-from .files import PROXY_VARIABLES
 from .layout import ENTER, LOCAL, Layout
-from .origin import Origin, await_listener, listens
+from .origin import Origin, is_listening, wait_for_listener
 from .packages import ensure_packages
 from .processes import ProcessId
 from .spec import HEAD, ORIGIN, Spec
 from .state import State
 
-_IDLE_PATIENCE = 30.0  # seconds; one is enough
+_IDLE_TIMEOUT = 30.0  # seconds; usually it takes one
 
 Command = Sequence[str | os.PathLike[str]]
 
@@ -32,19 +32,20 @@ Command = Sequence[str | os.PathLike[str]]
 class Testbed:
     """A Slurm cluster on this machine.
 
-    Guaranteed: it ends with the process that started it, however that one ends (SIGKILL too), unless `start` was told
-    otherwise; then nothing of it is left: no process, no mount, no interface, no namespace, no file. It changes
-    nothing of the machine that processes outside see, except for its folder under /tmp. Any number run side by side.
+    Guaranteed: it ends with the process that started it, also after SIGKILL, unless `start` gets another owner. Then
+    it leaves no process, mount, interface, namespace or file. Processes outside see no change of the machine except
+    its folder in /tmp. Several testbeds can run at the same time.
 
-    Not guaranteed: isolation from the file system. All hosts see the machine's own, /tmp and the sources included; that
-    is the storage the nodes share. What they have to themselves is `local`, /dev/shm, /proc, /sys and /etc/hosts.
+    Not guaranteed: isolation of the file system. All hosts see the file system of the machine, with /tmp and the
+    sources; it is the shared storage of the nodes. Private to each host are `local`, /dev/shm, /proc, /sys and
+    /etc/hosts.
 
     Parameters
     ----------
     spec
-        What it looks like.
+        The shape of the cluster.
     name
-        Unique among living testbeds; None: made up.
+        Unique among running testbeds; None: a generated name.
     """
 
     __test__ = False  # pytest collects classes by this prefix
@@ -64,7 +65,7 @@ class Testbed:
 
     @classmethod
     def attach(cls, name: str) -> Testbed:
-        """Return the running testbed of that name, which somebody else started.
+        """Return the running testbed of that name, which another process started.
 
         Raises
         ------
@@ -72,8 +73,8 @@ class Testbed:
             There is none.
         """
         state = State.load(Layout(name))
-        if not state.supervisor.alive():
-            raise TestbedError(f"testbed {name!r} has died")
+        if not state.supervisor.is_alive():
+            raise TestbedError(f"testbed {name!r} has ended; start it with python -m slurm.testbed up")
         testbed = cls(state.spec, name)
         testbed._state = state
         return testbed
@@ -88,42 +89,42 @@ class Testbed:
         self.stop()
 
     def start(self, *, owner: int | None = None, stay: bool = False) -> None:
-        """Bring it up: install missing packages if root, start, return when every node is idle.
+        """Install missing packages as root, start the cluster, and return when every node is idle.
 
         Parameters
         ----------
         owner
-            The process with which it ends; None: this one.
+            The testbed stops when this process ends; None: this process.
         stay
-            Let it have no owner: it is up until somebody attaches and stops it.
+            No owner: the testbed runs until a process attaches and stops it.
 
         Raises
         ------
         TestbedError
-            It did not come up; nothing of it is left.
+            It did not start; no part of it is left.
         """
         ensure_packages()
         self._state, self._child = starting.launch(self.spec, self.layout, None if stay else owner or os.getpid())
         try:
-            self._await_idle()
+            self._wait_until_idle()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Take it down; return when nothing is left of it. Does nothing when it is not up.
+        """Stop the testbed, and return when no part of it is left; do nothing if it is not up.
 
         Raises
         ------
         TestbedError
-            Its processes do not go.
+            Its processes do not end.
         """
         if self._state is None:
             return
         self._state.supervisor.end()
         for process in (self._child, *self._commands):
             if process:
-                await_end(process)
+                wait_for_end(process)
         registry.release(self.layout)
         self._state = self._child = None
         self._commands.clear()
@@ -135,31 +136,31 @@ class Testbed:
 
     @property
     def addresses(self) -> dict[str, str]:
-        """By name, the IPv4 address of every host: nodes, ``head`` and ``origin``."""
+        """The IPv4 address of every host by name: nodes, ``head`` and ``origin``."""
         return {host.name: host.address for host in self.spec.hosts}
 
     @property
     def shared(self) -> Path:
-        """A folder that all hosts and this process see, empty at the start and removed at the end."""
+        """A folder that all hosts and this process share; empty at the start, removed at the end."""
         return self.layout.shared
 
     @property
     def clients(self) -> Path:
-        """A folder with sbatch, srun, squeue... for processes outside, which work on the head.
+        """A folder with sbatch, srun, squeue... for processes outside; the commands run on the head.
 
         With it first in PATH, submitit in this process submits to the testbed.
         """
         return self.layout.clients
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return this process's environment as it is of use inside, with `extra` added."""
+        """Return the environment for commands on hosts: that of this process without proxies, and `extra`."""
         inherited = {name: value for name, value in os.environ.items() if name not in PROXY_VARIABLES}
         folders = inherited.get("PATH", os.defpath).split(os.pathsep)
         inherited["PATH"] = os.pathsep.join(folder for folder in folders if folder != str(self.clients))
         return {**inherited, "SLURM_CONF": str(self.layout.slurm_conf), **(extra or {})}
 
     def entry(self, command: Command, node: str | None = None) -> list[str]:
-        """Return the command line that, run outside with `environment`, runs `command` on `node`."""
+        """Return the command line that runs `command` on `node`; start it with `environment`."""
         first = self._first_process(node or HEAD)
         words = [os.fspath(word) for word in command]
         return [sys.executable, "-I", "-S", str(ENTER), str(first.pid), str(first.started), *words]
@@ -169,18 +170,18 @@ class Testbed:
     ) -> subprocess.Popen[str]:
         """Start `command` on a host and return without waiting.
 
-        Signals sent to the returned process reach the command. It keeps this process's working folder.
+        The command gets the signals sent to the returned process. It starts in the working folder of this process.
 
         Parameters
         ----------
         command
             Program and arguments.
         node
-            Name of a host, ``head`` and ``origin`` included; None: the head, where srun and sbatch are at home.
+            Name of a host, also ``head`` or ``origin``; None: the head, for srun and sbatch.
         env
             Added to `environment`.
         options
-            As `subprocess.Popen` takes them; output is text.
+            Options of `subprocess.Popen`; output is text.
         """
         process: subprocess.Popen[str] = subprocess.Popen(
             self.entry(command, node), env=self.environment(env), text=True, **options
@@ -198,21 +199,21 @@ class Testbed:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `command` on a host to its end, as `popen` starts it; output is kept and split into both streams.
+        """Run `command` on a host with `popen`, wait for its end, and return its standard output and error.
 
         Raises
         ------
         TestbedError
-            With `check`, when it fails: with its output.
+            With `check`: the command failed; with its output.
         subprocess.TimeoutExpired
-            It took longer than `timeout` seconds and was killed.
+            It took longer than `timeout` seconds; it is killed.
         """
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         with self.popen(command, node, env=env, **options) as process:
             try:
                 output, errors = process.communicate(timeout=timeout)
             except BaseException:
-                end(process)
+                terminate(process)
                 raise
         words = [os.fspath(word) for word in command]
         if check and process.returncode:
@@ -224,7 +225,7 @@ class Testbed:
         return self.run(["srun", *arguments], **options)
 
     def start_origin(
-        self, command: Command, port: int, *, patience: float = 30.0, env: Mapping[str, str] | None = None
+        self, command: Command, port: int, *, timeout: float = 30.0, env: Mapping[str, str] | None = None
     ) -> Origin:
         """Start a server on the origin and return when it listens.
 
@@ -233,7 +234,7 @@ class Testbed:
         command
             Program and arguments. It should listen on 0.0.0.0 or on ``addresses["origin"]``.
         port
-            The TCP port on which it will listen. Every port is free: the host has nothing else on it.
+            The TCP port on which it will listen. Every port of the host is free.
         patience
             Seconds until it must listen.
         env
@@ -242,40 +243,40 @@ class Testbed:
         Raises
         ------
         TestbedError
-            It ended, or does not listen in time; with what it printed. Or something else listens there.
+            It ended, or does not listen in time; with its output. Or another server listens on the port.
         """
         host = self._first_process(ORIGIN)
-        if listens(host, port):
-            raise TestbedError(f"something listens on the origin's port {port} already")
+        if is_listening(host, port):
+            raise TestbedError(f"another server listens on the origin's port {port} already")
         log = self.layout.log(f"origin-{port}")
         with log.open("wb") as output:
             process = self.popen(command, ORIGIN, env=env, stdout=output, stderr=output)
-        if not await_listener(host, port, process, patience):
-            end(process)
-            raise TestbedError(f"nothing listens on the origin's port {port}:\n{_tail(log)}")
+        if not wait_for_listener(host, port, process, timeout):
+            terminate(process)
+            raise TestbedError(f"the server does not listen on the origin's port {port}; its output:\n{_tail(log)}")
         return Origin(self.addresses[ORIGIN], port, process)
 
     def kill_host(self, name: str) -> None:
-        """End a host as a power cut does: all its processes and its link are gone at once, and do not come back."""
-        self._first_process(name).end(patience=0)
+        """End a host like a power cut: kill all its processes and remove its link, for good."""
+        self._first_process(name).end(grace=0)
 
     def _first_process(self, host: str) -> ProcessId:
         if self._state is None:
-            raise TestbedError(f"testbed {self.layout.name!r} is not up")
+            raise TestbedError(f"testbed {self.layout.name!r} is not up; call start()")
         self.spec.host(host)
         return self._state.hosts[host]
 
-    def _await_idle(self) -> None:
-        deadline = time.monotonic() + _IDLE_PATIENCE
+    def _wait_until_idle(self) -> None:
+        deadline = time.monotonic() + _IDLE_TIMEOUT
         while True:
-            shown = self.run(["sinfo", "--noheader", "--Node", "--format=%N %T"], check=False)
-            states = shown.stdout.split()[1::2]
+            sinfo = self.run(["sinfo", "--noheader", "--Node", "--format=%N %T"], check=False)
+            states = sinfo.stdout.split()[1::2]
             if states == ["idle"] * len(self.nodes):
                 return
             if time.monotonic() > deadline:
                 logs = "\n".join(f"{log}:\n{_tail(log)}" for log in sorted(self.layout.logs.iterdir()))
                 raise TestbedError(
-                    f"the nodes are not idle after {_IDLE_PATIENCE} s: {shown.stdout}{shown.stderr}\n{logs}"
+                    f"the nodes are not idle after {_IDLE_TIMEOUT} s: {sinfo.stdout}{sinfo.stderr}\n{logs}"
                 )
             time.sleep(0.05)
 

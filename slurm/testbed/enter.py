@@ -1,10 +1,9 @@
 """Run a command on a host of the testbed: ``enter.py PID STARTED COMMAND...``.
 
-`nsenter` does the same, but as a parent it dies of the signal meant for the command, which then runs on. This one
-hands signals on, and the kernel ends the command should this process be killed.
+`nsenter` does the same, but a signal for the command kills `nsenter` itself, and the command continues. This script
+forwards signals to the command. If this process is killed, the kernel kills the command.
 
-A script of its own, with the standard library alone and no imports of ours: it runs once a command, and starts in
-10 ms that way.
+It is a separate script that imports only the standard library: it runs for every command, and so starts in 10 ms.
 """
 
 from __future__ import annotations
@@ -17,50 +16,50 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _SI_KERNEL = 0x80
-# The mount namespace last: with it the /proc of the machine is out of sight.
+# The mount namespace is last: after it, the /proc of the machine is no longer visible.
 _NAMESPACES = ("pid", "ipc", "uts", "net", "mnt")
-_HANDED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_FORWARDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def main(arguments: list[str]) -> int:
-    """Enter the namespaces of the process, run the command there, return its exit status (128 + n for signal n)."""
+    """Run the command in the namespaces of the process; return its exit status (128 + n for signal n)."""
     pid, started, *command = arguments
-    folder = _own_folder()
-    _join(int(pid), started)
-    waited_for = _HANDED_ON | {signal.SIGCHLD}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    folder = _working_folder()
+    _enter_namespaces(int(pid), started)
+    signals = _FORWARDED | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     child = os.fork()
     if not child:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _become(command, folder)
-    return _stand_by(child, waited_for)
+        _exec(command, folder)
+    return _forward_signals(child, signals)
 
 
-def _own_folder() -> str:
+def _working_folder() -> str:
     try:
         return str(Path.cwd())
     except FileNotFoundError:
         return "/"
 
 
-def _join(pid: int, started: str) -> None:
-    """Enter the namespaces of `pid`; the PID namespace is entered by the children from now on."""
+def _enter_namespaces(pid: int, started: str) -> None:
+    """Enter the namespaces of `pid`; new children enter its PID namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:
         handles = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in _NAMESPACES]
-        # Asked after the namespaces were opened: were the number in other hands by now, it would show here.
+        # Check after the namespaces are open: this detects a new process with the same number.
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19] != started:
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
-        sys.exit(f"enter.py: the testbed's host (process {pid}) is gone")
+        sys.exit(f"enter.py: the host of the testbed (process {pid}) has ended")
     for handle in handles:
         if libc.setns(handle, 0):
             sys.exit(f"enter.py: setns: {os.strerror(ctypes.get_errno())}")
         os.close(handle)
 
 
-def _become(command: list[str], folder: str) -> None:
-    """Turn this process, forked a moment ago, into `command`."""
+def _exec(command: list[str], folder: str) -> None:
+    """Replace this forked process with `command`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         if Path(folder).is_dir():
@@ -71,18 +70,18 @@ def _become(command: list[str], folder: str) -> None:
     os._exit(127)
 
 
-def _stand_by(child: int, waited_for: set[signal.Signals]) -> int:
-    """Hand signals on to `child` until it ends; return its exit status."""
+def _forward_signals(child: int, signals: set[signal.Signals]) -> int:
+    """Forward signals to `child` until it ends; return its exit status."""
     while True:
-        # The signal may have come before this line; it is blocked, so it waits here and is not lost.
-        info = signal.sigwaitinfo(waited_for)
+        # A signal from before this line is not lost: it is blocked, so it is still pending.
+        info = signal.sigwaitinfo(signals)
         if info.si_signo == signal.SIGCHLD:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
         elif info.si_code != _SI_KERNEL:
-            # Not a key of the terminal, which reaches the child anyway.
+            # The terminal sends its signals (control-C) to the child itself.
             os.kill(child, info.si_signo)
 
 

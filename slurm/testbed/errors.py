@@ -1,9 +1,9 @@
-"""The one error of the testbed."""
+"""The error of the testbed."""
 
 from __future__ import annotations
 
 
 class TestbedError(RuntimeError):
-    """The testbed could not do what was asked; the text says why and, where there is one, the way out."""
+    """A testbed operation failed; the text says why and, if possible, what to do."""
 
     __test__ = False  # pytest collects classes by this prefix

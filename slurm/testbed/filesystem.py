@@ -1,4 +1,4 @@
-"""What the hosts see as their file system: the machine's, which so is the shared one, and some folders of their own."""
+"""The file system of the hosts: the shared file system of the machine, and private folders of each host."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from .layout import LOCAL, Layout
 from .spec import Host, Spec
-from .tools import tool
+from .tools import run_tool
 
 
 def build_root(layout: Layout) -> None:
-    """Give this mount namespace, and those made from it, a root in which `/local` exists.
+    """Give this mount namespace, and the namespaces created from it, a root with the folder `/local`.
 
-    A mount needs a folder to be mounted on. To make `/local` in the machine's own root would leave it there when the
-    testbed is killed, so the root is a small tmpfs that has it, and everything else of the machine bound into it.
+    A mount needs a mount point. A folder `/local` in the root of the machine would stay there when the testbed is
+    killed. So the new root is a small tmpfs with `/local`, and with bind mounts of all other entries of the old root.
     """
     root = layout.root
-    tool("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", root)
-    # Otherwise the folder that holds `root` would be bound together with what is bound so far.
-    tool("mount", "--make-unbindable", root)
+    run_tool("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", root)
+    # Otherwise the bind mount of the folder that contains `root` would contain the earlier bind mounts too.
+    run_tool("mount", "--make-unbindable", root)
     for entry in sorted(Path("/").iterdir()):
         if entry != LOCAL:
             _bind_into(root, entry)
@@ -29,37 +29,37 @@ def build_root(layout: Layout) -> None:
 
 
 def _bind_into(root: Path, entry: Path) -> None:
-    place = root / entry.name
+    target = root / entry.name
     if entry.is_symlink():
-        place.symlink_to(entry.readlink())
+        target.symlink_to(entry.readlink())
     elif entry.is_dir():
-        place.mkdir()
-        tool("mount", "--rbind", entry, place)
+        target.mkdir()
+        run_tool("mount", "--rbind", entry, target)
     else:
-        place.touch()
-        tool("mount", "--bind", entry, place)
+        target.touch()
+        run_tool("mount", "--bind", entry, target)
 
 
 def _change_root(root: Path) -> None:
-    before = root / ".before"
-    before.mkdir()
-    tool("pivot_root", root, before)
+    old_root = root / ".before"
+    old_root.mkdir()
+    run_tool("pivot_root", root, old_root)
     os.chdir("/")
-    tool("umount", "--lazy", "/.before")
+    run_tool("umount", "--lazy", "/.before")
     Path("/.before").rmdir()
-    tool("mount", "--make-private", "/")
+    run_tool("mount", "--make-private", "/")
 
 
-def furnish(spec: Spec, host: Host, layout: Layout) -> None:
-    """Mount what `host` has to itself; called on it, in its own mount and network namespaces."""
+def mount_private_folders(spec: Spec, host: Host, layout: Layout) -> None:
+    """Mount the private folders of `host`; call it in the mount and network namespaces of the host."""
     size = "" if spec.disk_mb is None else f",size={spec.disk_mb * 10**6}"
-    tool("mount", "-t", "tmpfs", "-o", f"mode=755{size}", "tmpfs", LOCAL)
-    tool("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")  # noqa: S108
-    # A sysfs shows the interfaces of the network namespace that mounted it.
-    tool("mount", "-t", "sysfs", "sysfs", "/sys")
-    tool("mount", "--bind", layout.hosts(host.name), "/etc/hosts")
-    if Path("/etc/slurm").is_dir():  # for whoever runs without SLURM_CONF
-        tool("mount", "--bind", layout.etc, "/etc/slurm")
+    run_tool("mount", "-t", "tmpfs", "-o", f"mode=755{size}", "tmpfs", LOCAL)
+    run_tool("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")  # noqa: S108
+    # sysfs shows the interfaces of the network namespace that mounts it.
+    run_tool("mount", "-t", "sysfs", "sysfs", "/sys")
+    run_tool("mount", "--bind", layout.hosts(host.name), "/etc/hosts")
+    if Path("/etc/slurm").is_dir():  # for commands without SLURM_CONF
+        run_tool("mount", "--bind", layout.etc, "/etc/slurm")
     sacct = shutil.which("sacct")
     if spec.accounting and sacct:
-        tool("mount", "--bind", layout.sacct, sacct)
+        run_tool("mount", "--bind", layout.sacct, sacct)

@@ -1,4 +1,4 @@
-"""The first process of a host: makes the place, starts its daemon, and reaps until the host's end."""
+"""The first process of a host: sets up the host, starts its daemon, and reaps processes until the host ends."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ _DAEMONS = {"head": "slurmctld", "node": "slurmd"}
 
 
 def main(name: str, host_name: str, report_to: int) -> None:
-    """Be the host `host_name` of testbed `name`; does not return.
+    """Run the host `host_name` of testbed `name`; it does not return.
 
-    Called in fresh namespaces. Says so on its output, and goes on when its input is closed: by then it is plugged in.
+    The supervisor starts it in new namespaces. It writes a line to its standard output, and waits until the supervisor
+    closes its standard input: the host is then connected to the bridge.
     """
     layout = Layout(name)
     spec = Spec.from_json(json.loads(layout.spec.read_text()))
     host = spec.host(host_name)
     with socket.socket(fileno=report_to) as sender:
         try:
-            sys.stdout.buffer.write(b"born\n")
+            sys.stdout.buffer.write(b"started\n")
             sys.stdout.buffer.flush()
             sys.stdin.buffer.read()
-            _settle(spec, host, layout)
+            _set_up(spec, host, layout)
         except Exception as error:
-            # Whatever it is, only the starter has somebody to tell.
+            # Only the process that starts the testbed can report the error.
             reports.send(sender, host.name, f"{type(error).__name__}: {error}")
             raise SystemExit(1) from error
         reports.send(sender, host.name)
-    reap_for_ever()
+    reap_children()
 
 
-def reap_for_ever() -> None:
-    """Collect the children's ends, as the first process of a PID namespace must."""
+def reap_children() -> None:
+    """Reap ended processes for ever, as the first process of a PID namespace must."""
     while True:
         try:
             os.wait()
         except ChildProcessError:
-            # Orphans may come, and no signal says so.
+            # Orphans may arrive without a signal.
             time.sleep(0.2)
 
 
-def _settle(spec: Spec, host: Host, layout: Layout) -> None:
+def _set_up(spec: Spec, host: Host, layout: Layout) -> None:
     socket.sethostname(host.name)
-    network.join(host)
-    filesystem.furnish(spec, host, layout)
+    network.connect_host(host)
+    filesystem.mount_private_folders(spec, host, layout)
     daemon = _DAEMONS.get(host.role)
     if daemon:
         _start_daemon(daemon, host, layout)

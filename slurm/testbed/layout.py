@@ -1,4 +1,4 @@
-"""Owns every path of a testbed's folder."""
+"""All paths in a testbed's folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .errors import TestbedError
 
-# Fixed, not $TMPDIR: `down` must find what `up` made in another shell, munged wants parents that others cannot write
-# to (/tmp is sticky), and the path of a unix socket must stay under 108 bytes.
+# Fixed, not $TMPDIR: `down` must find the folder of `up` from another shell. munged needs parent folders that other
+# users cannot write to (/tmp is sticky). The path of a unix socket must be shorter than 108 bytes.
 _BASE = Path("/tmp")  # noqa: S108
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -29,47 +29,47 @@ def base_folder() -> Path:
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of one testbed; makes nothing."""
+    """The paths of one testbed; it creates no file."""
 
     name: str
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise TestbedError(f"a testbed's name is 1 to 32 of a-z, 0-9 and '-', not {self.name!r}")
+            raise TestbedError(f"a testbed's name must be 1 to 32 characters of a-z, 0-9 and '-', not {self.name!r}")
 
     @property
     def folder(self) -> Path:
-        """The testbed's own; gone when the testbed is."""
+        """The folder of the testbed; it is removed with the testbed."""
         return base_folder() / self.name
 
     @property
     def lock(self) -> Path:
-        """Locked (flock) as long as the testbed lives."""
+        """The file that is locked (flock) while the testbed runs."""
         return self.folder / "lock"
 
     @property
     def state(self) -> Path:
-        """Who runs here, as JSON."""
+        """The running processes, as JSON; see `State`."""
         return self.folder / "state.json"
 
     @property
     def spec(self) -> Path:
-        """What was asked for, as JSON; what the testbed's own processes read."""
+        """The requested shape, as JSON, for the testbed's own processes; see `Spec`."""
         return self.folder / "spec.json"
 
     @property
     def shared(self) -> Path:
-        """A folder that all nodes see, for whoever uses the testbed."""
+        """A folder that all nodes share, for the user of the testbed."""
         return self.folder / "shared"
 
     @property
     def root(self) -> Path:
-        """Where the root file system of the hosts is put together."""
+        """The mount point of the hosts' root file system."""
         return self.folder / "root"
 
     @property
     def etc(self) -> Path:
-        """Becomes /etc/slurm on every host."""
+        """The folder that is mounted at /etc/slurm on every host."""
         return self.folder / "etc"
 
     @property
@@ -79,32 +79,32 @@ class Layout:
 
     @property
     def controller_state(self) -> Path:
-        """Where slurmctld keeps its state."""
+        """The state folder of slurmctld."""
         return self.folder / "slurmctld"
 
     @property
     def munge(self) -> Path:
-        """Key, socket and papers of munged, owned by user munge."""
+        """Key, socket and state of munged; owned by user munge."""
         return self.folder / "munge"
 
     @property
     def munge_socket(self) -> Path:
-        """Where munged listens; all hosts of a testbed share one."""
+        """The socket of munged; all hosts of a testbed share it."""
         return self.munge / "socket"
 
     @property
     def sacct(self) -> Path:
-        """Becomes the command sacct on every host."""
+        """The script that is mounted over the command sacct on every host."""
         return self.folder / "sacct"
 
     @property
     def clients(self) -> Path:
-        """Slurm's commands for processes outside: put first in PATH they run on the head."""
+        """Slurm's commands for processes outside; with this folder first in PATH, they run on the head."""
         return self.folder / "clients"
 
     @property
     def logs(self) -> Path:
-        """One log file a daemon."""
+        """One log file for each daemon."""
         return self.folder / "log"
 
     def log(self, daemon: str) -> Path:
@@ -112,9 +112,9 @@ class Layout:
         return self.logs / f"{daemon}.log"
 
     def hosts(self, host: str) -> Path:
-        """Return what becomes /etc/hosts on `host`."""
+        """Return the file that is mounted at /etc/hosts on `host`."""
         return self.folder / "hosts" / host
 
     def spool(self, host: str) -> Path:
-        """Return the folder where the slurmd of `host` keeps its papers."""
+        """Return the spool folder of the slurmd on `host`."""
         return self.folder / "spool" / host

@@ -1,4 +1,4 @@
-"""A server on the origin host, and waiting until it listens."""
+"""A server on the origin host, and the wait until it listens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Origin:
     Attributes
     ----------
     address, port
-        Where the nodes reach it.
+        The address for the nodes.
     process
-        Ends with the testbed; until then `terminate` ends it.
+        The server's process; it ends with the testbed, or with `terminate`.
     """
 
     address: str
@@ -34,18 +34,18 @@ class Origin:
         return f"http://{self.address}:{self.port}"
 
 
-def await_listener(host: ProcessId, port: int, server: subprocess.Popen[str], patience: float) -> bool:
-    """Return whether something listens on TCP `port` of `host` before `server` ends or `patience` seconds pass."""
-    deadline = time.monotonic() + patience
-    while not listens(host, port):
+def wait_for_listener(host: ProcessId, port: int, server: subprocess.Popen[str], timeout: float) -> bool:
+    """Wait until a socket listens on TCP `port` of `host`; False if `server` ends or `timeout` seconds pass first."""
+    deadline = time.monotonic() + timeout
+    while not is_listening(host, port):
         if server.poll() is not None or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
 
 
-def listens(process: ProcessId, port: int) -> bool:
-    """Return whether some socket listens on `port` in the network namespace of `process`, which need not be entered."""
+def is_listening(process: ProcessId, port: int) -> bool:
+    """Whether a socket listens on `port` in the network namespace of `process`; read from outside the namespace."""
     for table in ("tcp", "tcp6"):
         # sl local_address rem_address st ...: addresses as HEX:HEXPORT
         for line in _lines(Path(f"/proc/{process.pid}/net/{table}")):
@@ -59,4 +59,4 @@ def _lines(table: Path) -> list[str]:
     try:
         return table.read_text().splitlines()[1:]
     except FileNotFoundError:
-        return []  # no IPv6, or the process is gone
+        return []  # no IPv6, or the process has ended

@@ -1,4 +1,4 @@
-"""A process named so that it can be ended without hitting another that got its number."""
+"""An id of a process that stays unique when the kernel reuses its PID."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 
 def start_ticks(pid: int) -> int:
-    """Return when `pid` started, in clock ticks since boot: field 22 of /proc/PID/stat.
+    """Return the start time of `pid` in clock ticks since boot: field 22 of /proc/PID/stat.
 
     Raises
     ------
     ProcessLookupError
-        There is no such process, or it only waits to be reaped.
+        There is no such process, or it has ended and is not reaped yet.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"no process {pid}") from None
-    # The second field, the command's name, may itself hold spaces and parentheses.
+    # The second field, the command's name, may contain spaces and parentheses.
     state, *fields = text[text.rindex(")") + 2 :].split()
     if state in "ZX":
         raise ProcessLookupError(f"process {pid} has ended")
@@ -30,50 +30,50 @@ def start_ticks(pid: int) -> int:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process: its number and when it started, which together are never used twice between two boots."""
+    """The PID and the start time of a process; the pair is unique until the next boot."""
 
     pid: int
     started: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """Return the id of the living process `pid`; `ProcessLookupError` when there is none."""
+        """Return the id of the running process `pid`; raise `ProcessLookupError` if there is none."""
         return cls(pid, start_ticks(pid))
 
-    def alive(self) -> bool:
-        """Return whether it still runs."""
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
         try:
             return start_ticks(self.pid) == self.started
         except ProcessLookupError:
             return False
 
-    def end(self, patience: float = 5.0) -> None:
-        """Have it end: SIGTERM, and SIGKILL after `patience` seconds; return when it has.
+    def end(self, grace: float = 5.0) -> None:
+        """Send SIGTERM, after `grace` seconds SIGKILL, and return when the process has ended.
 
-        Does nothing when it does not live any more. With `patience` 0 SIGKILL at once. A process that is the first of
-        its PID namespace has ended only when everything in that namespace has.
+        Do nothing if it has ended already. With `grace` 0, send SIGKILL at once. The first process of a PID namespace
+        ends only after all processes of that namespace.
         """
         try:
-            handle = os.pidfd_open(self.pid)
+            pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return
         try:
-            # Asked after the handle was opened: from here on the handle means this process and no other.
-            if not self.alive():
+            # Check after opening the pidfd: from now on, the pidfd refers to this process only.
+            if not self.is_alive():
                 return
-            if patience:
-                signal.pidfd_send_signal(handle, signal.SIGTERM)
-            if not has_ended(handle, patience):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-                has_ended(handle, 10.0)
+            if grace:
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            if not wait_until_ended(pidfd, grace):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                wait_until_ended(pidfd, 10.0)
         except ProcessLookupError:
             return
         finally:
-            os.close(handle)
+            os.close(pidfd)
 
 
-def has_ended(handle: int, timeout: float) -> bool:
-    """Return whether the process behind a pidfd ends within `timeout` seconds."""
+def wait_until_ended(pidfd: int, timeout: float) -> bool:
+    """Wait at most `timeout` seconds for the process of a pidfd; return whether it has ended."""
     poller = select.poll()
-    poller.register(handle, select.POLLIN)
+    poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(timeout * 1000))

@@ -1,4 +1,4 @@
-"""Which testbeds there are, which of them live, and removing what the dead ones left."""
+"""Lists the testbeds of this user, and removes the files of testbeds that have ended."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .state import State
 
 
 def claim(layout: Layout) -> int:
-    """Make the folder of a new testbed and remove those of dead ones.
+    """Create the folder of a new testbed, and remove the folders of testbeds that have ended.
 
     Returns
     -------
     int
-        A file descriptor that holds the testbed's lock. Whoever inherits it keeps the testbed alive; the kernel lets
-        go of the lock when the last of them has ended, however.
+        A file descriptor that holds the testbed's lock. The testbed counts as running as long as any process has it
+        open; the kernel releases the lock when the last such process ends.
 
     Raises
     ------
     TestbedError
-        A living testbed has that name.
+        A running testbed has that name.
     """
-    with _base_locked():
+    with _base_lock():
         for other in _layouts():
-            if not _lives(other):
-                _bury(other)
+            if not _is_running(other):
+                _clean_up(other)
         try:
             layout.folder.mkdir()
         except FileExistsError:
@@ -41,16 +41,16 @@ def claim(layout: Layout) -> int:
 
 
 def release(layout: Layout) -> None:
-    """Remove the folder of a testbed whose processes have ended, the calling one excepted; fine when it is gone."""
-    with _base_locked():
+    """Remove the folder of a testbed, if it exists; all its processes except the caller must have ended."""
+    with _base_lock():
         if layout.folder.exists():
             shutil.rmtree(layout.folder)
 
 
-def living() -> list[Layout]:
-    """Return the testbeds of this user that live, by name."""
-    with _base_locked():
-        return [layout for layout in _layouts() if _lives(layout)]
+def running() -> list[Layout]:
+    """Return the running testbeds of this user, sorted by name."""
+    with _base_lock():
+        return [layout for layout in _layouts() if _is_running(layout)]
 
 
 def _layouts() -> list[Layout]:
@@ -58,7 +58,7 @@ def _layouts() -> list[Layout]:
     return [Layout(folder.name) for folder in sorted(base.iterdir())] if base.is_dir() else []
 
 
-def _lives(layout: Layout) -> bool:
+def _is_running(layout: Layout) -> bool:
     try:
         lock = os.open(layout.lock, os.O_RDWR)
     except FileNotFoundError:
@@ -72,17 +72,17 @@ def _lives(layout: Layout) -> bool:
     return False
 
 
-def _bury(layout: Layout) -> None:
-    # Nobody holds the lock, so the supervisor is gone and the kernel has ended the rest, or is about to: wait for it.
+def _clean_up(layout: Layout) -> None:
+    # The lock is free, so the supervisor has ended, and the kernel ends the other processes: wait for their end.
     with contextlib.suppress(TestbedError):
         for process in State.load(layout).processes:
-            process.end(patience=0)
+            process.end(grace=0)
     shutil.rmtree(layout.folder)
 
 
 @contextlib.contextmanager
-def _base_locked() -> Iterator[None]:
-    """Hold the lock of the base folder, making it first and removing it afterwards when nothing is in it."""
+def _base_lock() -> Iterator[None]:
+    """Create and lock the base folder; at the end remove it if it is empty."""
     base = base_folder()
     descriptor = _open_locked()
     try:
@@ -103,11 +103,13 @@ def _open_locked() -> int:
         except FileNotFoundError:
             continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        mine = os.fstat(descriptor)
-        if mine.st_uid != os.geteuid():
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
             os.close(descriptor)
-            raise TestbedError(f"{base} belongs to another user: it was not made by a testbed of yours")
-        # Whoever held the lock before may have removed the folder that we waited for.
-        if base.exists() and base.stat().st_ino == mine.st_ino:
+            raise TestbedError(
+                f"{base} belongs to another user; remove or rename it, since your testbeds need this path"
+            )
+        # The previous holder of the lock may have removed the folder.
+        if base.exists() and base.stat().st_ino == status.st_ino:
             return descriptor
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""How the testbed's first processes tell its starter that they are up, or why not.
+"""Messages from the testbed's first processes to the process that starts it: up, or an error.
 
-Each process is in a PID namespace of its own and does not know the number it has outside. The kernel does: it writes
-the sender's number, as the receiver sees it, on every message.
+Each process is in its own PID namespace and does not know its PID outside. To every message, the kernel adds the PID of
+the sender as the receiver sees it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import struct
 from dataclasses import dataclass
 
 SUPERVISOR = "supervisor"
-STAY = b"stay"
-"""The starter's answer when the testbed shall have no owner."""
-GO = b"go"
-"""The starter's answer when the testbed shall end with its owner."""
+KEEP_RUNNING = b"stay"
+"""The starter's answer for a testbed without an owner."""
+END_WITH_OWNER = b"go"
+"""The starter's answer for a testbed that ends with its owner."""
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 MAX_BYTES = 16384
@@ -23,44 +23,44 @@ MAX_BYTES = 16384
 
 @dataclass(frozen=True)
 class Report:
-    """What one process said.
+    """The message of one process.
 
     Attributes
     ----------
-    who
+    name
         Name of the host, or `SUPERVISOR`.
     error
-        Empty: it is up, or in the supervisor's case it has begun.
+        Empty: the host is up, or the supervisor has started.
     pid
-        Its number, as the receiver sees it.
+        The PID of the sender, as the receiver sees it.
     """
 
-    who: str
+    name: str
     error: str
     pid: int
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """Return the receiving and the sending end."""
+    """Return the receiver and the sender of a new channel."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return receiver, sender
 
 
-def send(sender: socket.socket, who: str, error: str = "") -> None:
-    """Say that `who` is up, or what went wrong there."""
-    sender.send(json.dumps([who, error[-MAX_BYTES // 4 :]]).encode())
+def send(sender: socket.socket, name: str, error: str = "") -> None:
+    """Report that `name` is up, or its error."""
+    sender.send(json.dumps([name, error[-MAX_BYTES // 4 :]]).encode())
 
 
 def receive(receiver: socket.socket) -> Report | None:
-    """Return the next report; None when every sender has ended. `TimeoutError` after the socket's time-out."""
+    """Return the next report, or None if every sender has ended; raise `TimeoutError` after the socket's timeout."""
     data, ancillary, _, _ = receiver.recvmsg(MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
     if not data:
         return None
-    who, error = json.loads(data)
+    name, error = json.loads(data)
     [pid] = [
         _CREDENTIALS.unpack(value)[0]
         for level, kind, value in ancillary
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
     ]
-    return Report(who, error, pid)
+    return Report(name, error, pid)

@@ -1,4 +1,4 @@
-"""What a testbed looks like: a value from which everything else follows."""
+"""The shape of a testbed: number of nodes, link rates, disk sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Role = Literal["head", "origin", "node"]
 
 HEAD = "head"
 ORIGIN = "origin"
-# Every testbed has a network of its own that is connected to nothing, so all of them use the same addresses.
+# Every testbed has its own isolated network, so all testbeds use the same addresses.
 _NETWORK = "10.77.0"
 PREFIX_LENGTH = 24
 _FIRST_NODE = 11
@@ -26,11 +26,11 @@ class Host:
     Attributes
     ----------
     name, address
-        Its hostname, and the IPv4 address of its only interface besides ``lo``.
+        Its host name, and the IPv4 address of its only interface besides ``lo``.
     role
-        ``head`` runs slurmctld, a ``node`` runs slurmd, ``origin`` runs what `Testbed.start_origin` starts.
+        ``head`` runs slurmctld, a ``node`` runs slurmd, ``origin`` runs the server of `Testbed.start_origin`.
     mbit
-        Rate of its link in each direction in 10^6 bit/s, None: as fast as the machine copies.
+        Rate of its link in each direction in 10^6 bit/s; None: no limit.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Spec:
     nodes
         Compute nodes, 1 to 64.
     node_mbit, origin_mbit
-        Rate of every node's link and of the origin's, in each direction, in 10^6 bit/s; None: not limited.
+        Rate of every node's link and of the origin's, in each direction, in 10^6 bit/s; None: no limit.
     cpus
-        What each node claims to have. Slurm only counts them: more than the machine has is fine.
+        CPUs that each node reports. It may be more than the machine has: Slurm only counts them.
     disk_mb
-        Size of each host's ``/local`` in 10^6 bytes, to try a full disk; None: half of the machine's memory, the
-        default of tmpfs.
+        Size of each host's ``/local`` in 10^6 bytes, for tests with a full disk; None: half of the machine's memory,
+        the default of tmpfs.
     accounting
-        Whether ``sacct`` answers. It is a stand-in (see `sacct`) that asks slurmctld, not a slurmdbd with a database.
-        False: a cluster without accounting. There submitit knows of a job's end by its result file only, and warns at
-        every look, which ``logging.getLogger("submitit").setLevel(logging.ERROR)`` quietens.
+        Whether ``sacct`` works. It is a replacement (see `sacct`) that reads from slurmctld instead of slurmdbd. False:
+        a cluster without accounting. There, submitit learns of a job's end only from its result file, and warns at
+        every poll, unless ``logging.getLogger("submitit").setLevel(logging.ERROR)`` is set.
     loopback_names
-        Whether each host resolves its own name to 127.0.1.1, as Debian's installer sets it up.
+        Whether each host resolves its own name to 127.0.1.1, as on a machine from Debian's installer.
     """
 
     nodes: int = 2
@@ -72,10 +72,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= MAX_NODES:
-            raise TestbedError(f"a testbed has 1 to {MAX_NODES} nodes, not {self.nodes}")
+            raise TestbedError(f"nodes must be 1 to {MAX_NODES}, not {self.nodes}")
         for rate in (self.node_mbit, self.origin_mbit):
             if rate is not None and rate <= 0:
-                raise TestbedError(f"a link rate is above 0 Mbit/s, not {rate}")
+                raise TestbedError(f"a link rate must be above 0 Mbit/s, not {rate}")
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -102,10 +102,10 @@ class Spec:
         raise TestbedError(f"no host {name!r}: there are {', '.join(host.name for host in self.hosts)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
+        """Return a value for `from_json`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Spec:
-        """Return the spec that `to_json` described."""
+        """Return the spec from a value of `to_json`."""
         return cls(**values)

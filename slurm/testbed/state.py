@@ -1,4 +1,4 @@
-"""Who runs in a testbed, written down for whoever comes later: `run`, `down`, or the next start."""
+"""The running processes of a testbed, saved in a file for `run`, `down` and the next start."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class State:
     Attributes
     ----------
     spec
-        What it looks like.
+        The shape of the testbed.
     supervisor
-        The process whose end is the end of the whole testbed.
+        The whole testbed ends with this process.
     owner
-        The process with which it ends; None: it stays until `down`.
+        The testbed ends with this process; None: it runs until `down`.
     hosts
-        By name, the first process of each host: who enters its namespaces is on the host, and its end is the host's.
+        The first process of each host, by name. A process that enters its namespaces is on the host, and the host ends
+        with it.
     """
 
     spec: Spec
@@ -35,11 +36,11 @@ class State:
 
     @property
     def processes(self) -> tuple[ProcessId, ...]:
-        """What has to end: the supervisor first, since with it the kernel ends all others."""
+        """All processes; the supervisor first, since the kernel ends the other processes with it."""
         return (self.supervisor, *self.hosts.values())
 
     def save(self, layout: Layout) -> None:
-        """Write it into the testbed's folder, at once or not at all."""
+        """Write the state into the testbed's folder, atomically."""
         text = json.dumps(
             {
                 "spec": self.spec.to_json(),
@@ -49,23 +50,23 @@ class State:
             },
             indent=1,
         )
-        draft = layout.state.with_suffix(".new")
-        draft.write_text(text)
-        draft.replace(layout.state)
+        temporary = layout.state.with_suffix(".new")
+        temporary.write_text(text)
+        temporary.replace(layout.state)
 
     @classmethod
     def load(cls, layout: Layout) -> State:
-        """Read it from the testbed's folder.
+        """Read the state from the testbed's folder.
 
         Raises
         ------
         TestbedError
-            There is no such testbed, or it never got as far as running.
+            There is no such testbed, or its start failed.
         """
         try:
             values: dict[str, Any] = json.loads(layout.state.read_text())
         except FileNotFoundError:
-            raise TestbedError(f"no testbed {layout.name!r} is up: python -m slurm.testbed up") from None
+            raise TestbedError(f"no testbed {layout.name!r} is up; start it with python -m slurm.testbed up") from None
         return cls(
             spec=Spec.from_json(values["spec"]),
             supervisor=ProcessId(*values["supervisor"]),

@@ -1,8 +1,8 @@
-"""The first process of a testbed: makes the hosts, and takes everything with it when it ends.
+"""The first process of a testbed: starts the hosts, and ends the whole testbed with it.
 
-It is the first process of a PID namespace, and everything that runs in the testbed is in that namespace, or in one
-below it: when it ends, however, the kernel kills all of that, job tasks that left their parents included. Networks,
-mounts and names are in namespaces that no file holds, so they go with their last process.
+It is the first process of a PID namespace, and all processes of the testbed are in that namespace or in a nested one.
+When it ends for any reason, the kernel kills all of them, also job tasks that left their parents. Networks, mounts and
+host names are in namespaces without a file, so they end with their last process.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from types import FrameType
 from . import filesystem, network, registry, reports
 from .errors import TestbedError
 from .layout import Layout
-from .processes import has_ended
+from .processes import wait_until_ended
 from .spec import Host, Spec
-from .tools import ENVIRONMENT, tool
+from .tools import ENVIRONMENT, run_tool
 
 
-class _AskedToEndError(Exception):
-    """SIGTERM came."""
+class _Terminated(Exception):
+    """The process received SIGTERM."""
 
 
 def main(name: str, report_to: int, owner: int) -> None:
-    """Be the supervisor of testbed `name` until its owner ends or SIGTERM comes.
+    """Run the supervisor of testbed `name` until its owner ends or SIGTERM arrives.
 
     Parameters
     ----------
     name
-        Of the testbed, whose folder is prepared and whose lock this process inherited.
+        Name of the testbed; its folder exists, and this process inherits its lock.
     report_to
-        Where to report, as `reports` does it, and where the answer comes from: `reports.STAY` or another.
+        The socket for reports; the starter answers on it with `reports.KEEP_RUNNING` or `reports.END_WITH_OWNER`.
     owner
-        A pidfd of the process with which the testbed ends.
+        A pidfd of the owner; the testbed ends with it.
     """
-    signal.signal(signal.SIGTERM, _ask_to_end)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     os.umask(0o022)
     layout = Layout(name)
     try:
         with socket.socket(fileno=report_to) as channel:
             _start(layout, channel)
             answer = channel.recv(reports.MAX_BYTES)
-        if answer:  # otherwise the starter has ended before it could say anything
-            _stand_by(None if answer == reports.STAY else owner)
-    except _AskedToEndError:
+        if answer:  # no answer: the starter has ended
+            _wait_for_owner(None if answer == reports.KEEP_RUNNING else owner)
+    except _Terminated:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -59,8 +59,8 @@ def main(name: str, report_to: int, owner: int) -> None:
         registry.release(layout)
 
 
-def _ask_to_end(_signal: int, _frame: FrameType | None) -> None:
-    raise _AskedToEndError
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _start(layout: Layout, channel: socket.socket) -> None:
@@ -76,18 +76,18 @@ def _start(layout: Layout, channel: socket.socket) -> None:
 
 
 def _start_hosts(spec: Spec, layout: Layout, channel: socket.socket) -> None:
-    keepers = {host.name: _start_host(host, layout, channel.fileno()) for host in spec.hosts}
-    for keeper in keepers.values():
-        if keeper.stdout:
-            keeper.stdout.readline()  # says that it is in its namespaces: only now have they a process to name them by
-    network.build_switch(spec, {name: keeper.pid for name, keeper in keepers.items()})
-    for keeper in keepers.values():
-        if keeper.stdin:
-            keeper.stdin.close()  # it may go on
+    processes = {host.name: _start_host(host, layout, channel.fileno()) for host in spec.hosts}
+    for process in processes.values():
+        if process.stdout:
+            process.stdout.readline()  # it is in its namespaces now, so its PID names them
+    network.build_bridge(spec, {name: process.pid for name, process in processes.items()})
+    for process in processes.values():
+        if process.stdin:
+            process.stdin.close()  # the host continues its setup
 
 
 def _start_host(host: Host, layout: Layout, report_to: int) -> subprocess.Popen[bytes]:
-    """Start `host` in namespaces of its own; return the process that keeps it: it is the host's end when this ends."""
+    """Start `host` in new namespaces; return its first process: the host ends with it."""
     return subprocess.Popen(
         [
             *("unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -100,8 +100,8 @@ def _start_host(host: Host, layout: Layout, report_to: int) -> subprocess.Popen[
 
 
 def _start_munged(layout: Layout) -> None:
-    """Start munged as the user of its package, and return when it listens."""
-    tool("chown", "-R", "munge:munge", layout.munge)
+    """Start munged as user munge, and return when it listens."""
+    run_tool("chown", "-R", "munge:munge", layout.munge)
     with layout.log("munged").open("ab") as output:
         process = subprocess.Popen(
             [
@@ -119,7 +119,7 @@ def _start_munged(layout: Layout) -> None:
     deadline = time.monotonic() + 10
     while not layout.munge_socket.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise TestbedError(f"munged does not start: {_tail(layout.log('munged'))}")
+            raise TestbedError(f"munged did not start: {_tail(layout.log('munged'))}")
         time.sleep(0.01)
 
 
@@ -127,9 +127,9 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-1000:]
 
 
-def _stand_by(owner: int | None) -> None:
-    """Reap until the owner ends; without one, until SIGTERM."""
-    while owner is None or not has_ended(owner, 0.2):
+def _wait_for_owner(owner: int | None) -> None:
+    """Reap processes until the owner ends, or until SIGTERM if there is no owner."""
+    while owner is None or not wait_until_ended(owner, 0.2):
         if owner is None:
             select.select([], [], [], 0.2)
         while _reap(os.WNOHANG):
@@ -137,7 +137,7 @@ def _stand_by(owner: int | None) -> None:
 
 
 def _kill_all() -> None:
-    # From the first process of a PID namespace, -1 is everything in it and nothing else.
+    # For the first process of a PID namespace, -1 means all other processes of the namespace.
     if os.getpid() != 1:
         return
     try:
@@ -149,7 +149,7 @@ def _kill_all() -> None:
 
 
 def _reap(options: int) -> bool:
-    """Collect one child's end; False: there is none to collect."""
+    """Reap one child; False: no child has ended."""
     try:
         return os.waitpid(-1, options)[0] != 0
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""Running the system's own tools (ip, tc, mount) from inside the testbed."""
+"""Runs system tools (ip, tc, mount) inside the testbed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import subprocess
 
 from .errors import TestbedError
 
-# The daemons start from a clean environment: what a job sees is what its own submitter had.
+# The daemons have a clean environment, so that a job sees only the environment of its submitter.
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 
-def tool(*command: str | os.PathLike[str], script: str | None = None) -> None:
-    """Run `command`, with `script` as its input.
+def run_tool(*command: str | os.PathLike[str], script: str | None = None) -> None:
+    """Run `command` with `script` as its standard input.
 
     Raises
     ------
     TestbedError
-        It failed; with what it wrote to its error output.
+        It failed; with its error output.
     """
-    done = subprocess.run(command, input=script, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    if done.returncode:
+    result = subprocess.run(command, input=script, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if result.returncode:
         line = " ".join(os.fspath(word) for word in command)
-        raise TestbedError(f"{line}: {done.stderr.strip() or done.returncode}" + (f"\n{script}" if script else ""))
+        raise TestbedError(f"{line}: {result.stderr.strip() or result.returncode}" + (f"\n{script}" if script else ""))

@@ -1,1 +1,1 @@
-"""Tests on a real Slurm cluster that they bring up themselves; root is needed."""
+"""Tests on a real Slurm cluster that the tests start themselves; they need root."""

@@ -1,4 +1,4 @@
-"""The cluster for the tests of this folder."""
+"""The Slurm cluster for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slurm.testbed import Spec, Testbed
-from slurm.testbed.packages import obstacle
+from slurm.testbed.packages import reason_unavailable
 from tests.cluster.origin import CDN_PORT, PORT, REPO, SIZES, Served
 from tests.conftest import need
 
@@ -24,29 +24,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.cluster)
-            # With xdist's --dist loadgroup one worker runs them all, on one cluster. Otherwise each worker that gets
-            # some brings up its own, which is as right and costs two seconds; so too with pytest 9.2 and xdist 3.8.0,
-            # where the mark has no effect.
+            # With xdist's --dist loadgroup, one worker runs all these tests on one cluster. Otherwise each worker
+            # starts its own cluster, which costs two seconds. With pytest 9.2 and xdist 3.8.0 the mark has no effect.
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")
 def cluster_allowed() -> None:
-    """Skip where no cluster can be brought up; in CI that is a failure, or nobody would notice."""
-    reason = obstacle()
+    """Skip the test if no cluster can start here; in CI, fail instead, so that the skip is noticed."""
+    reason = reason_unavailable()
     need(not reason, reason)
 
 
 @pytest.fixture(scope="session")
 def testbed(cluster_allowed: None) -> Iterator[Testbed]:
-    """Four nodes at 2 Gbit/s and an origin at 500 Mbit/s, for all tests that leave them as they were."""
+    """Four nodes at 2 Gbit/s and an origin at 500 Mbit/s; all tests share them and must not change them."""
     with Testbed(Spec(nodes=4, node_mbit=2000, origin_mbit=500)) as testbed:
         yield testbed
 
 
 @pytest.fixture
 def outside(testbed: Testbed, monkeypatch: pytest.MonkeyPatch) -> Testbed:
-    """The same, with this process's sbatch, srun, squeue... those of the testbed: submitit works in the test itself."""
+    """The same, with its sbatch, srun, squeue... first in PATH, so that submitit works in the test process."""
     monkeypatch.setenv("PATH", f"{testbed.clients}{os.pathsep}{os.environ['PATH']}")
     return testbed
 

@@ -1,4 +1,4 @@
-"""Leave a node with a part of one file, as if its job had been killed: run on that node.
+"""Replace a cached file by a part of it, as a killed job leaves it; run it on the node.
 
 keep_part.py CACHE SHA256 NUMBER OF
 """
@@ -16,7 +16,7 @@ def main() -> None:
     cache, sha256, number, of = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     (blob,) = cache.glob(f"hub/*/blobs/{sha256}")
     content = blob.read_bytes()
-    start, stop = (len(content) * place // of for place in (number, number + 1))
+    start, stop = (len(content) * part // of for part in (number, number + 1))
     partial = PartialFile(cache / "partial" / blob.parents[1].name / sha256, len(content), sha256)
     partial.write(start, content[start:stop])
     partial.record(WrittenRange(start, stop, zlib.crc32(content[start:stop])))

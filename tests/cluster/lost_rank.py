@@ -1,8 +1,8 @@
-"""One rank of a job that loses another one; a script, since srun starts it.
+"""One rank of a job that loses a rank; a script, since srun starts it.
 
     lost_rank.py SOURCE CACHE FOLDER PORT LATE
 
-Writes its pid, then what became of its call and when; LATE is a rank that never calls.
+It writes its pid, then the result and the time of its call. Rank LATE never calls.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main() -> None:
         time.sleep(600)
     try:
         weightferry.stage(source, cache_dir=cache)
-        told = {"kind": "", "text": ""}
+        result = {"kind": "", "text": ""}
     except weightferry.CollectError as error:
-        told = {"kind": type(error).__name__, "text": str(error)}
+        result = {"kind": type(error).__name__, "text": str(error)}
     part = folder / f"part{rank}"
-    part.write_text(json.dumps({**told, "at": time.time()}))
+    part.write_text(json.dumps({**result, "at": time.time()}))
     part.replace(folder / f"end{rank}")
-    os._exit(1)  # a rank that fails leaves at once; the others must not need it
+    os._exit(1)  # end at once: the other ranks must not need this process
 
 
 if __name__ == "__main__":

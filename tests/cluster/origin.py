@@ -12,7 +12,7 @@ from slurm.testbed import Testbed
 
 REPO = "org/model"
 SIZES = {"model.safetensors": 6_000_000, "shards/part.bin": 2_000_000, "config.json": 40}
-# Not those that the testbed's own tests use.
+# Different from the ports in the testbed's own tests.
 PORT, CDN_PORT = 8100, 8101
 
 
@@ -23,11 +23,11 @@ class Served:
     Attributes
     ----------
     testbed
-        Where it runs.
+        The testbed that it runs in.
     url
-        For ``HF_ENDPOINT``.
+        The value of ``HF_ENDPOINT``.
     sha256
-        Of each file, by its path.
+        The SHA-256 of each file, by path.
     """
 
     testbed: Testbed
@@ -36,17 +36,17 @@ class Served:
 
     @property
     def environ(self) -> dict[str, str]:
-        """Variables for what runs in the testbed."""
+        """Environment variables for commands in the testbed."""
         return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "OMP_NUM_THREADS": "1"}
 
     def content_bytes(self) -> int:
-        """Bytes of files that it has served so far."""
+        """Return the bytes of files that the Hub has served so far."""
         answer = self.testbed.run(["curl", "-s", f"{self.url}/-/stats"], "origin").stdout
         count: int = json.loads(answer)["content_bytes"]
         return count
 
     def stage(self, *arguments: str | Path, tasks_per_node: int = 2) -> dict[str, Any]:
-        """Run the command under srun on all nodes; return its report."""
+        """Run `weightferry stage` under srun on all nodes; return its report."""
         report = self.testbed.shared / "report.json"
         nodes = f"-N{len(self.testbed.nodes)}"
         command = ["srun", "--kill-on-bad-exit=1", nodes, f"--ntasks-per-node={tasks_per_node}"]

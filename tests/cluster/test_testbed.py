@@ -1,4 +1,4 @@
-"""What a testbed is while it is up."""
+"""A running testbed: hosts, Slurm, network, origin."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_hostnames_are_listed_on_the_nodes(testbed):
     assert sorted(shown) == ["node1"] * 4 + ["node2"] * 4
 
 
-def test_run_gives_output_exit_status_and_takes_a_signal(testbed):
+def test_run_returns_output_and_status_and_popen_forwards_a_signal(testbed):
     done = testbed.run(["sh", "-c", "echo out; echo err >&2; exit 3"], "node2", check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 3)
     with pytest.raises(TestbedError, match="exit status 3"):
@@ -91,7 +91,7 @@ def test_a_batch_job_passes_its_exit_code_on(testbed):
     assert shown.splitlines() == ["JobID|State|ExitCode", f"{job}|FAILED|7:0"]
 
 
-def test_a_job_is_requeued_and_has_a_second_life(testbed):
+def test_a_job_is_requeued_and_starts_again(testbed):
     output = testbed.shared / "lives"
     script = testbed.shared / "lives.sh"
     script.write_text(
@@ -102,7 +102,7 @@ def test_a_job_is_requeued_and_has_a_second_life(testbed):
     began = time.monotonic()
     testbed.run(["sbatch", "--wait", "--requeue", "--open-mode=append", f"--output={output}", script], timeout=100)
 
-    print(f"requeued and through in {time.monotonic() - began:.1f} s")
+    print(f"requeued and finished in {time.monotonic() - began:.1f} s")
     lives = [line for line in output.read_text().splitlines() if line.startswith("life")]
     assert lives == ["life 0", "life 1"]
 
@@ -133,7 +133,7 @@ def test_submitit_learns_of_a_failed_job_from_sacct(outside):
     executor = submitit.AutoExecutor(folder=outside.shared / "submitit", cluster="slurm")
     executor.update_parameters(nodes=1, tasks_per_node=1, timeout_min=2)
 
-    # No result is ever written: all that tells of the end is the job's state.
+    # The job writes no result file: only its state shows the end.
     job = executor.submit(subprocess.check_output, ["sh", "-c", "kill -9 $PPID"])
     wait_for(lambda: job.watcher.is_done(job.job_id, mode="force"), 20)
 
@@ -175,7 +175,7 @@ def test_nodes_read_from_the_origin_and_this_machine_cannot(testbed):
     origin.process.wait()
 
 
-def test_an_origin_that_fails_says_why(testbed):
+def test_the_error_of_a_failed_origin_has_its_output(testbed):
     with pytest.raises(TestbedError, match="cannot serve"):
         testbed.start_origin(["sh", "-c", "echo cannot serve; exit 1"], 8001)
 
@@ -208,7 +208,7 @@ while connection.recv(1 << 20):
 
 @pytest.mark.parametrize(("sender", "receiver"), [("origin", "node1"), ("head", "node1")])
 def test_a_transfer_runs_at_the_rate_of_its_slowest_link(cluster_allowed, sender, receiver):
-    # From the origin its own link limits, from the head, whose link is free, that of the receiving node.
+    # From the origin, the origin's link is the limit; from the head, whose link has no limit, the node's link is.
     with (
         Testbed(Spec(nodes=1, node_mbit=200, origin_mbit=100)) as testbed,
         testbed.popen([PYTHON, "-c", SEND.format(size=10**7)], sender, stdout=subprocess.PIPE) as process,
@@ -235,7 +235,7 @@ def test_the_end_of_a_node_ends_the_job_and_names_the_node(cluster_allowed):
         testbed.kill_host("node2")
         _, errors = process.communicate(timeout=60)
 
-        print(f"the end of a node noticed after {time.monotonic() - began:.0f} s")
+        print(f"detected the end of a node after {time.monotonic() - began:.0f} s")
         assert process.returncode
         assert "Node failure on node2" in errors
 
@@ -252,5 +252,5 @@ def test_a_cluster_without_accounting_with_loopback_names_and_a_small_disk(clust
 def wait_for(condition, seconds):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.05)

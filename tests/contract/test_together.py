@@ -1,4 +1,4 @@
-"""huggingface_hub's own downloads and ours, at the same time, into the same cache: neither harms the other."""
+"""Downloads by huggingface_hub and by weightferry into one cache at the same time: neither harms the other."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from tests.multiprocess.nodes import Nodes
 from weightferry.testing.hub import Fault, HubServer
 from weightferry.testing.hub.faults import Exchange
 
-# The big ones have locks of their own.
-ONE, TWO = "one.safetensors", "two.safetensors"
-FILES = {ONE: os.urandom(1_500_000), TWO: os.urandom(1_500_000), "config.json": b"{}", "onnx/small.onnx": b"onnx" * 9}
+# Only large files have their own locks.
+FIRST_FILE, SECOND_FILE = "one.safetensors", "two.safetensors"
+FILES = {
+    FIRST_FILE: os.urandom(1_500_000),
+    SECOND_FILE: os.urandom(1_500_000),
+    "config.json": b"{}",
+    "onnx/small.onnx": b"onnx" * 9,
+}
 TOTAL = sum(map(len, FILES.values()))
 RATE = 3_000_000  # bytes per second and connection
 
@@ -50,22 +55,22 @@ orders = pytest.mark.parametrize("order", ORDERS, ids="-".join)
 
 
 class Program:
-    """A process that has imported what it needs, and begins on a word."""
+    """A process that does its imports first and starts on request."""
 
-    def __init__(self, name: str, hub: HubServer, place: Path, ended: ExitStack) -> None:
-        self.ours = name == "stage"
-        self._hub, self._log = hub, place / f"{name}.log"
+    def __init__(self, name: str, hub: HubServer, folder: Path, stack: ExitStack) -> None:
+        self.is_weightferry = name == "stage"
+        self._hub, self._log = hub, folder / f"{name}.log"
         imports, work = PROGRAMS[name]
-        command = [sys.executable, "-c", "\n".join((imports, GATE, work)), str(place / "cache")]
-        environ = {**clean_environ(Nodes(hub, place)), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        log = ended.enter_context(self._log.open("wb"))
-        self.process = ended.enter_context(
+        command = [sys.executable, "-c", "\n".join((imports, GATE, work)), str(folder / "cache")]
+        environ = {**clean_environ(Nodes(hub, folder)), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        log = stack.enter_context(self._log.open("wb"))
+        self.process = stack.enter_context(
             subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         )
-        ended.callback(self.process.kill)
+        stack.callback(self.process.kill)
 
     def begin(self) -> None:
-        """Let it begin, and return when the Hub has heard of it."""
+        """Start it, and return when the Hub has its first request."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n", self._log.read_text()
@@ -74,10 +79,10 @@ class Program:
         self.until_sent(0)
 
     def until_sent(self, count: int, path: str = "") -> None:
-        """Wait for a request of it; with a path, one for the content of that file, with so many bytes sent."""
+        """Wait for a request of this process; with a path, until `count` bytes of that file are sent to it."""
         deadline = time.monotonic() + 60
         while not any(
-            record.user_agent.startswith("weightferry") == self.ours
+            record.user_agent.startswith("weightferry") == self.is_weightferry
             and (not path or (record.kind == "content" and record.file.endswith(path)))
             and record.file_bytes >= count
             for record in self._hub.requests
@@ -87,32 +92,32 @@ class Program:
             time.sleep(0.005)
 
     def end(self) -> None:
-        """Wait for its end, which must be good."""
+        """Wait for its end and check the exit code."""
         assert self.process.wait(60) == 0, self._log.read_text()
 
 
-class Shared:
-    """One cache folder beside a Hub that holds back the content of `TWO` until it is told to let go."""
+class SharedCache:
+    """One cache folder, and a Hub that sends the content of `SECOND_FILE` only after `released` is set."""
 
-    def __init__(self, hub: HubServer, place: Path, monkeypatch: pytest.MonkeyPatch, ended: ExitStack) -> None:
-        self.hub, self.place, self._ended = hub, place, ended
-        self.let_go = threading.Event()
-        ended.callback(self.let_go.set)
+    def __init__(self, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, stack: ExitStack) -> None:
+        self.hub, self.folder, self._ended = hub, folder, stack
+        self.released = threading.Event()
+        stack.callback(self.released.set)
         take = hub.faults.take
 
-        def held(exchange: Exchange) -> Fault | None:
-            if exchange.kind == "content" and exchange.path.endswith(TWO):
-                self.let_go.wait()
+        def blocking_take(exchange: Exchange) -> Fault | None:
+            if exchange.kind == "content" and exchange.path.endswith(SECOND_FILE):
+                self.released.wait()
             return take(exchange)
 
-        monkeypatch.setattr(hub.faults, "take", held)
+        monkeypatch.setattr(hub.faults, "take", blocking_take)
 
     def programs(self, names: Sequence[str]) -> list[Program]:
-        return [Program(name, self.hub, self.place, self._ended) for name in names]
+        return [Program(name, self.hub, self.folder, self._ended) for name in names]
 
     def check(self) -> None:
-        """Both see all files, and nothing is brought again."""
-        cache, commit = self.place / "cache", self.hub.commit("org/model")
+        """Check that both see all files, and download no file again."""
+        cache, commit = self.folder / "cache", self.hub.commit("org/model")
         folder = cache / "hub/models--org--model/snapshots" / commit
         assert contents(folder) == FILES
         (repo,) = scan_cache_dir(cache / "hub").repos
@@ -125,56 +130,61 @@ class Shared:
 
 
 @pytest.fixture
-def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
+def shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedCache]:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with HubServer(bytes_per_second_per_connection=RATE) as hub, ExitStack() as ended:
+    with HubServer(bytes_per_second_per_connection=RATE) as hub, ExitStack() as stack:
         hub.add_repo("org/model", FILES)
         with monkeypatch.context() as patched:
             use_server(hub, patched)
-            yield Shared(hub, tmp_path, patched, ended)
+            yield SharedCache(hub, tmp_path, patched, stack)
             use_server(hub, patched)
 
 
 @orders
-def test_both_end_well_and_big_files_are_read_once(shared: Shared, order: tuple[str, str]) -> None:
-    first, second = shared.programs(order)
+def test_both_succeed_and_download_large_files_once(shared_cache: SharedCache, order: tuple[str, str]) -> None:
+    first, second = shared_cache.programs(order)
     first.begin()
-    first.until_sent(0, TWO)
+    first.until_sent(0, SECOND_FILE)
     second.begin()
-    shared.let_go.set()
+    shared_cache.released.set()
     first.end()
     second.end()
-    assert [shared.hub.content_bytes(path) for path in (ONE, TWO)] == [len(FILES[path]) for path in (ONE, TWO)]
-    assert shared.hub.content_bytes() <= 2 * TOTAL
-    half_written = [*shared.place.glob("cache/partial/*/*"), *shared.place.glob("cache/hub/*/blobs/*.incomplete")]
+    assert [shared_cache.hub.content_bytes(path) for path in (FIRST_FILE, SECOND_FILE)] == [
+        len(FILES[path]) for path in (FIRST_FILE, SECOND_FILE)
+    ]
+    assert shared_cache.hub.content_bytes() <= 2 * TOTAL
+    half_written = [
+        *shared_cache.folder.glob("cache/partial/*/*"),
+        *shared_cache.folder.glob("cache/hub/*/blobs/*.incomplete"),
+    ]
     assert not half_written
-    shared.check()
+    shared_cache.check()
 
 
 @orders
-def test_the_one_that_reads_is_killed(shared: Shared, order: tuple[str, str]) -> None:
-    shared.let_go.set()
-    shared.hub.faults.add(Fault(path_suffix=TWO, kind="content", silent_after=700_000))
-    first, second = shared.programs(order)
+def test_the_downloading_process_is_killed(shared_cache: SharedCache, order: tuple[str, str]) -> None:
+    shared_cache.released.set()
+    shared_cache.hub.faults.add(Fault(path_suffix=SECOND_FILE, kind="content", silent_after=700_000))
+    first, second = shared_cache.programs(order)
     first.begin()
-    first.until_sent(700_000, TWO)
+    first.until_sent(700_000, SECOND_FILE)
     second.begin()
     first.process.kill()
     assert first.process.wait() == -signal.SIGKILL
     second.end()
-    assert shared.hub.content_bytes() <= 2 * TOTAL
-    shared.check()
+    assert shared_cache.hub.content_bytes() <= 2 * TOTAL
+    shared_cache.check()
 
 
 @orders
-def test_the_one_that_waits_is_killed(shared: Shared, order: tuple[str, str]) -> None:
-    first, second = shared.programs(order)
+def test_the_waiting_process_is_killed(shared_cache: SharedCache, order: tuple[str, str]) -> None:
+    first, second = shared_cache.programs(order)
     first.begin()
-    first.until_sent(0, TWO)
+    first.until_sent(0, SECOND_FILE)
     second.begin()
     second.process.kill()
     assert second.process.wait() == -signal.SIGKILL
-    shared.let_go.set()
+    shared_cache.released.set()
     first.end()
-    assert shared.hub.content_bytes() <= 2 * TOTAL
-    shared.check()
+    assert shared_cache.hub.content_bytes() <= 2 * TOTAL
+    shared_cache.check()

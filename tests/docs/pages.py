@@ -51,7 +51,7 @@ def fill(hub: HubServer) -> None:
     hub.add_repo("org/gated", files, gated=True, allowed_tokens=[TOKEN])
 
 
-class Place:
+class PageFolder:
     """A folder in which a page runs; absolute folders that pages name lie in it."""
 
     def __init__(self, root: Path, hub: HubServer) -> None:

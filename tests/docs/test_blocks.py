@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.blocks import PAGES, ROOT, Block, blocks, matches
 from tests.docs.checks import check_options, check_python, check_shell
-from tests.docs.pages import Place, fill
+from tests.docs.pages import PageFolder, fill
 from weightferry.testing.hub import HubServer
 
 _MARKS = {"python": {"run", "check"}, "console": {"run", "check"}, "bash": {"check"}, "text": {"output", "tree"}}
@@ -23,8 +23,8 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def place(hub: HubServer, tmp_path: Path) -> Place:
-    return Place(tmp_path, hub)
+def place(hub: HubServer, tmp_path: Path) -> PageFolder:
+    return PageFolder(tmp_path, hub)
 
 
 def name(page: Path) -> str:
@@ -62,7 +62,7 @@ def runs(page: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name)
-def test_every_other_block_runs(page: Path, place: Place) -> None:
+def test_every_other_block_runs(page: Path, place: PageFolder) -> None:
     found = blocks(page)
     for block in found:
         if block.file:
@@ -76,7 +76,7 @@ def test_every_other_block_runs(page: Path, place: Place) -> None:
         compare_outputs(found, printed)
 
 
-def run_console(block: Block, place: Place) -> None:
+def run_console(block: Block, place: PageFolder) -> None:
     for command, shown in block.commands():
         code, said = place.console(command)
         # A page that shows a failure shows the shell's prompt with its code: `echo $?` is no command of ours.

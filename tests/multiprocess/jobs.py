@@ -41,6 +41,16 @@ def each(*calls: Callable[[], Any]) -> list[Got]:
     return gots
 
 
+def in_own_cache(name: str, call: Callable[[], Any]) -> Any:
+    """Make the call with a cache folder of its own, beside the cache folder of this rank's node."""
+    cache = os.environ["WEIGHTFERRY_CACHE_DIR"]
+    os.environ["WEIGHTFERRY_CACHE_DIR"] = f"{cache}-{name}"
+    try:
+        return call()
+    finally:
+        os.environ["WEIGHTFERRY_CACHE_DIR"] = cache
+
+
 def by_rank(calls: Mapping[int, Callable[[], Any]], other: Callable[[], Any]) -> Any:
     """Make the call of this rank, or the one of all others."""
     return calls.get(rank(), other)()
@@ -247,6 +257,16 @@ def command(out: Path, *arguments: str) -> tuple[int, str, str]:
     sys.stdout.flush()
     sys.stderr.flush()
     return code, texts[0].read_text(), texts[1].read_text()
+
+
+def commands(out: Path, *calls: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Run the command several times, each as `command` does it, with folders 0, 1, ... for its output."""
+    done = []
+    for number, arguments in enumerate(calls):
+        folder = out / str(number)
+        folder.mkdir(exist_ok=True)
+        done.append(command(folder, *arguments))
+    return done
 
 
 def _plain(state: Any) -> Any:

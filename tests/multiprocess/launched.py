@@ -69,10 +69,11 @@ def clean_environ(nodes: Nodes, rank: int = 0) -> dict[str, str]:
     return {**kept, **nodes.environ(rank), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def torchrun(nodes: Nodes, *arguments: str) -> list[Done]:
-    """Run the command on two agents with two ranks each, as on two nodes; how the agents ended."""
+def torchrun(nodes: Nodes, *arguments: str, ranks_an_agent: int = 2) -> list[Done]:
+    """Run the command on two agents, as on two nodes; how the agents ended."""
     with meeting_point() as port:
-        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        run += ["--nproc-per-node", str(ranks_an_agent)]
         run += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}"]
         run += ["--rdzv-conf", "is_host=0", "--local-addr", "127.0.0.1", "-m", "weightferry.cli", *arguments]
         return together([(run, clean_environ(nodes, rank)) for rank in (0, 2)], nodes.place / "agents")

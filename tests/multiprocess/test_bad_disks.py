@@ -116,22 +116,25 @@ def test_a_disk_that_another_process_fills_during_the_transfer(nodes: Nodes, lit
     assert nodes.hub.content_bytes() <= sum(map(len, MANY.values())) + 8 * 50_000
 
 
-@pytest.mark.parametrize("node", [0, 1])
-def test_a_cache_that_one_node_may_not_write(model: Nodes, node: int) -> None:
-    folder = model.cache(2 * node)
-    folder.mkdir()
-    folder.chmod(0o555)
-    gots, after, local = model.tries(
+def test_a_cache_that_one_node_may_not_write(model: Nodes) -> None:
+    leaders = (0, 2)
+    folders = [model.cache(leader, case) for case, leader in enumerate(leaders)]
+    for folder in folders:
+        folder.mkdir()
+        folder.chmod(0o555)
+    calls = (
         partial(jobs.as_nobody, partial(jobs.stage, "org/model")),
         partial(jobs.stage, "org/little"),
         partial(jobs.stage, __file__),
     )
-    for error in (gots, after):
-        failed_alike(error, CollectError, "transfer", {2 * node}, "Permission denied", str(folder))
-    values(local)  # needs no cache
-    folder.chmod(0o755)
-    check_cache(model.cache(0), failed=True)
-    check_cache(model.cache(2), failed=True)
+    by_case = model.cases(calls, calls)
+    for case, (leader, folder, (gots, after, local)) in enumerate(zip(leaders, folders, by_case, strict=True)):
+        for error in (gots, after):
+            failed_alike(error, CollectError, "transfer", {leader}, "Permission denied", str(folder))
+        values(local)  # needs no cache
+        folder.chmod(0o755)
+        check_cache(model.cache(0, case), failed=True)
+        check_cache(model.cache(2, case), failed=True)
 
 
 def test_a_complete_read_only_cache_is_enough(model: Nodes) -> None:
@@ -147,14 +150,18 @@ def test_a_complete_read_only_cache_is_enough(model: Nodes) -> None:
     assert [files for _, files in values(gots)] == [sha256s(FILES)] * 4
 
 
-@pytest.mark.parametrize("node", [0, 1])
-def test_a_cache_that_is_a_file_on_one_node(model: Nodes, node: int) -> None:
-    model.cache(2 * node).write_text("not a folder")
-    gots, local = model.tries(partial(jobs.stage, "org/model"), partial(jobs.stage, __file__))
-    # The ranks of this node share no folder, so each leads itself.
-    failed_alike(gots, CollectError, "transfer", {2 * node, 2 * node + 1}, str(model.cache(2 * node)))
-    values(local)
-    check_cache(model.cache(2 - 2 * node), failed=True)
+def test_a_cache_that_is_a_file_on_one_node(model: Nodes) -> None:
+    leaders = (0, 2)
+    files = [model.cache(leader, case) for case, leader in enumerate(leaders)]
+    for file in files:
+        file.write_text("not a folder")
+    calls = (partial(jobs.stage, "org/model"), partial(jobs.stage, __file__))
+    by_case = model.cases(calls, calls)
+    for case, (leader, file, (gots, local)) in enumerate(zip(leaders, files, by_case, strict=True)):
+        # The ranks of this node share no folder, so each leads itself.
+        failed_alike(gots, CollectError, "transfer", {leader, leader + 1}, str(file))
+        values(local)
+        check_cache(model.cache(2 - leader, case), failed=True)
 
 
 def test_a_folder_of_links_that_cannot_be_made_on_one_rank(model: Nodes) -> None:
@@ -176,8 +183,9 @@ def test_a_folder_in_the_way_of_a_link(model: Nodes) -> None:
     values(after)
 
 
-def unreadable(place: Path, what: str) -> Path:
-    path = place / "bad.ckpt"
+def unreadable(folder: Path, what: str) -> Path:
+    folder.mkdir()
+    path = folder / "bad.ckpt"
     if what == "dangling":
         path.symlink_to("nowhere")
     elif what == "empty folder":
@@ -195,9 +203,8 @@ def unreadable(place: Path, what: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("call", "what", "kind", "phase", "ranks", "text"),
-    [
+def test_an_unreadable_path(model: Nodes) -> None:
+    expected: list[tuple[Any, str, type[CollectError], str, set[int], str]] = [
         (jobs.stage, "missing", SourceNotFound, "resolve", {0}, "no such"),
         (jobs.stage, "dangling", SourceNotFound, "resolve", {0}, ""),
         (jobs.stage, "pipe", CollectError, "resolve", {0}, ""),
@@ -210,16 +217,16 @@ def unreadable(place: Path, what: str) -> Path:
         (jobs.collect, "pipe", BadRequest, "resolve", {0}, "neither a file nor a folder"),
         (jobs.collect, "below a file", SourceNotFound, "resolve", {0}, "no such"),
         (jobs.collect, "mode 000", CollectError, "link", ALL, "Permission denied"),
-    ],
-)
-def test_an_unreadable_path(
-    model: Nodes, call: Any, what: str, kind: type[CollectError], phase: str, ranks: set[int], text: str
-) -> None:
-    path = unreadable(model.place, what)
-    wanted = partial(jobs.stage, str(path)) if call is jobs.stage else partial(jobs.collect, {"a": str(path)})
-    gots, after = model.tries(partial(jobs.as_nobody, wanted), partial(jobs.stage, "org/little"))
-    failed_alike(gots, kind, phase, ranks, text, "bad.ckpt")
-    values(after)
+    ]
+    paths = [str(unreadable(model.place / f"case{case}", what)) for case, (_, what, *_) in enumerate(expected)]
+    calls = [
+        partial(call, path) if call is jobs.stage else partial(call, {"a": path})
+        for path, (call, *_) in zip(paths, expected, strict=True)
+    ]
+    by_case = model.cases(*((partial(jobs.as_nobody, call), partial(jobs.stage, "org/little")) for call in calls))
+    for path, (_, _, kind, phase, ranks, text), (gots, after) in zip(paths, expected, by_case, strict=True):
+        failed_alike(gots, kind, phase, ranks, text, path.partition("/w.bin")[0])
+        values(after)
 
 
 def test_a_folder_without_weights(model: Nodes) -> None:

@@ -36,32 +36,29 @@ def model(nodes: Nodes) -> Nodes:
     return nodes
 
 
-def check_next_call(nodes: Nodes, after: list[jobs.Got]) -> None:
+def check_next_call(nodes: Nodes, after: list[jobs.Got], case: int | None = None) -> None:
     expected = {"model": {name: value.tolist() for name, value in WEIGHTS.items()}}
     assert values(after) == [expected] * 4
     for rank in (0, 2):
-        check_cache(nodes.cache(rank))
+        check_cache(nodes.cache(rank, case))
 
 
 GOOD = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        saved(WEIGHTS)[:-700],
-        saved(WEIGHTS)[:300],
-        save(WEIGHTS)[:-10],
-        b"",
-        b"<html>not found</html>",
-    ],
-    ids=["torch", "torch, short", "safetensors", "empty", "html"],
-)
-def test_a_damaged_checkpoint(model: Nodes, content: bytes) -> None:
-    model.hub.add_repo("org/bad", {"model.ckpt": content})
-    gots, after = model.tries(partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model), GOOD)
-    failed_alike(gots, LoadError, "load", ALL, "model.ckpt")
-    check_next_call(model, after)
+def test_a_damaged_checkpoint(model: Nodes) -> None:
+    contents = {
+        "torch": saved(WEIGHTS)[:-700],
+        "short": saved(WEIGHTS)[:300],
+        "safetensors": save(WEIGHTS)[:-10],
+        "empty": b"",
+        "html": b"<html>not found</html>",
+    }
+    model.hub.add_repo("org/bad", {f"{name}/model.ckpt": content for name, content in contents.items()})
+    calls = [partial(jobs.load, {"model": f"org/bad/{name}/model.ckpt"}, jobs.only_model) for name in contents]
+    for case, (gots, after) in enumerate(model.cases(*((call, GOOD) for call in calls))):
+        failed_alike(gots, LoadError, "load", ALL, "model.ckpt")
+        check_next_call(model, after, case)
 
 
 def test_a_pickle_that_wants_to_run_a_command(model: Nodes) -> None:
@@ -84,42 +81,49 @@ def test_weights_of_another_shape_on_one_rank(model: Nodes) -> None:
     check_next_call(model, after)
 
 
-@pytest.mark.parametrize(("make", "ranks"), [(jobs.no_hook, ALL), (jobs.no_hook_on_rank_1, {1})])
-def test_an_object_without_a_hook(model: Nodes, make: Any, ranks: set[int]) -> None:
-    gots, after = model.tries(partial(jobs.load, {"model": "org/model/good.ckpt"}, make), GOOD)
-    failed_alike(gots, NoHook, "load", ranks, "an object of type builtins.object", "custom_hooks=", "mark_as_transfer")
-    check_next_call(model, after)
+def test_an_object_without_a_hook(model: Nodes) -> None:
+    made = [(jobs.no_hook, ALL), (jobs.no_hook_on_rank_1, {1})]
+    by_case = model.cases(*((partial(jobs.load, {"model": "org/model/good.ckpt"}, make), GOOD) for make, _ in made))
+    texts = ("an object of type builtins.object", "custom_hooks=", "mark_as_transfer")
+    for case, ((_, ranks), (gots, after)) in enumerate(zip(made, by_case, strict=True)):
+        failed_alike(gots, NoHook, "load", ranks, *texts)
+        check_next_call(model, after, case)
 
 
-@pytest.mark.parametrize("names", [("model", "./model"), ("a//model", "a/model")])
-def test_two_names_for_one_link(model: Nodes, names: tuple[str, str]) -> None:
+def test_two_names_for_one_link(model: Nodes) -> None:
     into = model.place / "links"
-    call = partial(jobs.collect, dict.fromkeys(names, "org/model/good.ckpt"), into)
-    gots, after = model.tries(call, GOOD)
-    failed_alike(gots, BadRequest, "agree", ALL, *map(repr, names), "would share the link")
+    pairs = [("model", "./model"), ("a//model", "a/model")]
+    calls = [partial(jobs.collect, dict.fromkeys(names, "org/model/good.ckpt"), into) for names in pairs]
+    by_case = model.cases(*((call, GOOD) for call in calls))
     assert not into.exists()
-    check_next_call(model, after)
+    for case, (names, (gots, after)) in enumerate(zip(pairs, by_case, strict=True)):
+        failed_alike(gots, BadRequest, "agree", ALL, *map(repr, names), "would share the link")
+        check_next_call(model, after, case)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_two_names_for_one_link_on_one_rank(model: Nodes, rank: int) -> None:
+def test_two_names_for_one_link_on_one_rank(model: Nodes) -> None:
     bad = partial(jobs.collect, dict.fromkeys(("model", "./model"), "org/model/good.ckpt"), model.place / "links")
-    gots, after = model.tries(partial(jobs.by_rank, {rank: bad}, GOOD), GOOD)
-    # The other ranks do not reach their second call, to load: their first call has failed too.
-    failed_alike(gots, BadRequest, "agree", {rank}, "would share the link")
-    check_next_call(model, after)
+    ranks = [0, 3]
+    by_case = model.cases(*((partial(jobs.by_rank, {rank: bad}, GOOD), GOOD) for rank in ranks))
+    for case, (rank, (gots, after)) in enumerate(zip(ranks, by_case, strict=True)):
+        # The other ranks do not reach their second call, to load: their first call has failed too.
+        failed_alike(gots, BadRequest, "agree", {rank}, "would share the link")
+        check_next_call(model, after, case)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/x", "a/../../x", ".."])
-def test_a_name_whose_link_leaves_the_folder(model: Nodes, name: str) -> None:
+def test_a_name_whose_link_leaves_the_folder(model: Nodes) -> None:
     into = model.place / "a/b/links"
-    gots, after = model.tries(partial(jobs.collect, {name: "org/model/good.ckpt"}, into), GOOD)
-    if name == "..":  # "...ckpt" is a valid name
-        assert [list(found) for found in values(gots)] == [[".."]] * 4
-    else:
-        failed_alike(gots, BadRequest, "agree", ALL, "must be a relative path")
-        assert not list(model.place.rglob("x.ckpt"))
-    check_next_call(model, after)
+    names = ["../../x", "/x", "a/../../x", ".."]
+    calls = [partial(jobs.collect, {name: "org/model/good.ckpt"}, into) for name in names]
+    for case, (name, (gots, after)) in enumerate(
+        zip(names, model.cases(*((call, GOOD) for call in calls)), strict=True)
+    ):
+        if name == "..":  # "...ckpt" is a valid name
+            assert [list(found) for found in values(gots)] == [[".."]] * 4
+        else:
+            failed_alike(gots, BadRequest, "agree", ALL, "must be a relative path")
+        check_next_call(model, after, case)
+    assert not list(model.place.rglob("x.ckpt"))
 
 
 def test_no_path_and_no_default_source(model: Nodes) -> None:

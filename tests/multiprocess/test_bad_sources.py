@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,49 +33,64 @@ GOOD, WRONG = "token-of-a-friend", "token-of-a-stranger"
 LEADERS, ALL = {0, 2}, {0, 1, 2, 3}
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Iterator[Nodes]:
+@contextmanager
+def nodes_beside_a_hub(place: Path) -> Iterator[Nodes]:
     with HubServer(tokens=[GOOD]) as hub:
         hub.add_repo("org/model", FILES)
         hub.add_repo("org/gated", FILES, gated=True, allowed_tokens=[GOOD])
         hub.add_repo("org/private", FILES, private=True, allowed_tokens=[GOOD])
-        yield Nodes(hub, tmp_path)
+        yield Nodes(hub, place)
 
 
-def check_nothing_half_done_and_going_on(nodes: Nodes, after: list[jobs.Got]) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[Nodes]:
+    with nodes_beside_a_hub(tmp_path) as nodes:
+        yield nodes
+
+
+def check_nothing_half_done_and_going_on(nodes: Nodes, after: list[jobs.Got], case: int | None = None) -> None:
     assert [files for _, files in values(after)] == [sha256s(FILES)] * 4
     for rank in (0, 2):
-        check_cache(nodes.cache(rank))
+        check_cache(nodes.cache(rank, case))
 
 
-@pytest.mark.parametrize(
-    ("call", "kind", "text"),
-    [
-        (partial(jobs.stage, "org/nothing"), SourceNotFound, "hf://org/nothing: no such model on http"),
-        (partial(jobs.stage, "org/model", revision="v9"), SourceNotFound, "hf://org/model@v9: no revision 'v9'"),
-        (partial(jobs.stage, "hf://org/model@v9/a.ckpt"), SourceNotFound, "no revision 'v9'"),
-        (partial(jobs.stage, "org/model", revision="../../x"), CollectError, "../../x"),
-        (partial(jobs.stage, "hf://org/model/b.ckpt"), SourceNotFound, "no file or folder 'b.ckpt' in the repository"),
-        (partial(jobs.stage, "org/model", allow_patterns="*.bin"), BadRequest, "none of its 2 files matches"),
-        (partial(jobs.stage, "hf://org/model/../../x"), BadRequest, "must be a relative path"),
-        (partial(jobs.stage, "org/../x"), BadRequest, "nor a Hub repository id"),
-        (partial(jobs.collect, {"a": "org/model/../../x"}), BadRequest, "must be a relative path"),
-        (partial(jobs.collect, {"b": None}, None, "org/model"), SourceNotFound, "did you mean a.ckpt?"),
-        (partial(jobs.stage, "org/gated"), AccessDenied, "this rank has no token: set HF_TOKEN"),
-        (partial(jobs.stage, "org/private"), SourceNotFound, "no such model"),
-        (partial(jobs.stage, "file:///no/such/folder"), SourceNotFound, "/no/such/folder: no such local file"),
-        (partial(jobs.stage, "nonsense://x/y"), BadRequest, "nonsense"),
-        (partial(jobs.stage, "http://127.0.0.1:9/x.bin"), OriginUnreachable, "(3 attempts in a row)"),
-    ],
-)
+REFUSED: list[tuple[Any, type[CollectError], str]] = [
+    (partial(jobs.stage, "org/nothing"), SourceNotFound, "hf://org/nothing: no such model on http"),
+    (partial(jobs.stage, "org/model", revision="v9"), SourceNotFound, "hf://org/model@v9: no revision 'v9'"),
+    (partial(jobs.stage, "hf://org/model@v9/a.ckpt"), SourceNotFound, "no revision 'v9'"),
+    (partial(jobs.stage, "org/model", revision="../../x"), CollectError, "../../x"),
+    (partial(jobs.stage, "hf://org/model/b.ckpt"), SourceNotFound, "no file or folder 'b.ckpt' in the repository"),
+    (partial(jobs.stage, "org/model", allow_patterns="*.bin"), BadRequest, "none of its 2 files matches"),
+    (partial(jobs.stage, "hf://org/model/../../x"), BadRequest, "must be a relative path"),
+    (partial(jobs.stage, "org/../x"), BadRequest, "nor a Hub repository id"),
+    (partial(jobs.collect, {"a": "org/model/../../x"}), BadRequest, "must be a relative path"),
+    (partial(jobs.collect, {"b": None}, None, "org/model"), SourceNotFound, "did you mean a.ckpt?"),
+    (partial(jobs.stage, "org/gated"), AccessDenied, "this rank has no token: set HF_TOKEN"),
+    (partial(jobs.stage, "org/private"), SourceNotFound, "no such model"),
+    (partial(jobs.stage, "file:///no/such/folder"), SourceNotFound, "/no/such/folder: no such local file"),
+    (partial(jobs.stage, "nonsense://x/y"), BadRequest, "nonsense"),
+    (partial(jobs.stage, "http://127.0.0.1:9/x.bin"), OriginUnreachable, "(3 attempts in a row)"),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Nodes, list[list[list[jobs.Got]]]]]:
+    """All refused calls in one job, each followed by a good call."""
+    with nodes_beside_a_hub(tmp_path_factory.mktemp("refused")) as nodes:
+        yield nodes, nodes.cases(*((call, partial(jobs.stage, "org/model")) for call, _, _ in REFUSED))
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)), ids=[text for _, _, text in REFUSED])
 def test_the_rank_that_resolves_fails_and_all_say_so(
-    model: Nodes, call: Any, kind: type[CollectError], text: str
+    refused: tuple[Nodes, list[list[list[jobs.Got]]]], case: int
 ) -> None:
-    gots, after = model.tries(call, partial(jobs.stage, "org/model"))
+    nodes, by_case = refused
+    call, kind, text = REFUSED[case]
+    gots, after = by_case[case]
     # A gated repository shows its metadata to everybody: its leaders are refused.
     phase, ranks = ("transfer", LEADERS) if "org/gated" in str(call) else ("resolve", {0})
     failed_alike(gots, kind, phase, ranks, text)
-    check_nothing_half_done_and_going_on(model, after)
+    check_nothing_half_done_and_going_on(nodes, after, case)
 
 
 def test_a_wrong_token(model: Nodes) -> None:
@@ -166,29 +182,32 @@ EVIL = [
 ]
 
 
-@pytest.mark.parametrize("info", EVIL, ids=json.dumps)
-def test_a_listing_that_climbs_out(model: Nodes, info: dict[str, Any]) -> None:
-    with evil_hub({"id": "org/evil", "tags": [], **info}) as url:
+def test_a_listing_that_climbs_out(model: Nodes) -> None:
+    with evil_hub(EVIL) as url:
         model.variables["HF_ENDPOINT"] = url
-        (gots,) = model.tries(partial(jobs.stage, "org/evil", to=model.place / "links"))
-    for got in gots:
-        assert isinstance(got.error, CollectError), got
-        assert set(got.error.failures) == {0}
+        calls = [partial(jobs.stage, f"org/evil{n}", to=model.place / f"links{n}") for n in range(len(EVIL))]
+        by_case = model.cases(*([call] for call in calls))
+    for case, (info, (gots,)) in enumerate(zip(EVIL, by_case, strict=True)):
+        for got in gots:
+            assert isinstance(got.error, CollectError), (info, got)
+            assert set(got.error.failures) == {0}, info
+        for rank in (0, 2):
+            check_cache(model.cache(rank, case))
     outside = [path for path in model.place.rglob("*") if path.name == "x"]
     assert outside == []
-    for rank in (0, 2):
-        check_cache(model.cache(rank))
 
 
 @contextmanager
-def evil_hub(info: dict[str, Any]) -> Iterator[str]:
-    """A Hub that answers every question about a repository with `info`, and every other with three bytes."""
+def evil_hub(infos: list[dict[str, Any]]) -> Iterator[str]:
+    """A Hub that describes the repository org/evil3 by item 3 of the list, and sends three bytes for all else."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps(info).encode() if self.path.startswith("/api/models/") else b"abc"
-            for sibling in info["siblings"] if self.path.startswith("/api/models/") else ():
-                sibling.setdefault("size", 3)
+            body = b"abc"
+            if described := re.match(r"/api/models/(org/evil(\d+))", self.path):
+                info = infos[int(described[2])]
+                siblings = [{"size": 3, **sibling} for sibling in info["siblings"]]
+                body = json.dumps({"id": described[1], "tags": [], **info, "siblings": siblings}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

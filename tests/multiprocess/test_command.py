@@ -78,7 +78,7 @@ def test_under_torchrun(model: Nodes) -> None:
 
 def test_a_failure_under_torchrun(model: Nodes) -> None:
     model.hub.faults.add(Fault(status=403, kind="content", times=None))
-    agents = torchrun(model, "stage", "org/model")
+    agents = torchrun(model, "stage", "org/model", ranks_an_agent=1)
     assert [agent.code for agent in agents] == [1, 1]
     err = "".join(agent.err for agent in agents)
     full = re.findall(r"^weightferry: (\w+): (transfer on .*)$", err, re.MULTILINE)
@@ -93,14 +93,14 @@ def test_a_failure_under_torchrun(model: Nodes) -> None:
 def test_under_mpirun(model: Nodes) -> None:
     job = secrets.token_hex(8)  # the port is derived from it
     commands = []
-    for rank in range(3):
-        mpi = {"RANK": rank, "SIZE": 3, "LOCAL_RANK": rank, "LOCAL_SIZE": 3}
+    for rank in range(2):
+        mpi = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
         environ = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in mpi.items()}
         environ |= {"OMPI_MCA_ess_base_jobid": job, **clean_environ(model)}
         commands.append(((*WEIGHTFERRY, "stage", "org/model"), environ))
     done = together(commands, model.place / "mpi")
-    assert [one.code for one in done] == [0, 0, 0], [one.err for one in done]
-    assert ["for 3 ranks on 1 node in" in one.out for one in done] == [True, False, False]
+    assert [one.code for one in done] == [0, 0], [one.err for one in done]
+    assert ["for 2 ranks on 1 node in" in one.out for one in done] == [True, False]
     assert model.hub.content_bytes() == TOTAL
 
 
@@ -175,7 +175,7 @@ def test_an_environment_that_makes_no_sense(model: Nodes, variables: dict[str, s
 
 
 def test_ranks_that_cannot_meet(model: Nodes) -> None:
-    model.variables["WEIGHTFERRY_AGREE_TIMEOUT"] = "2"
+    model.variables["WEIGHTFERRY_AGREE_TIMEOUT"] = "0.5"
     done = alone(model, "stage", "org/model", RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="9")
     assert done.code == 1
     assert "weightferry: NotDistributed: rank 1 on " in done.err
@@ -196,13 +196,11 @@ def test_a_cache_is_verified_and_repaired_on_all_nodes(model: Nodes) -> None:
     damaged = max(model.cache(2).glob("hub/*/blobs/*"), key=lambda path: path.stat().st_size)
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + b"?")
-    codes, first = [], ""
-    for arguments in (("verify",), ("verify", "--repair"), ("verify",)):
-        done = model.run(jobs.command, model.place, "cache", *arguments)
-        codes.append([code for code, _, _ in done])
-        first = first or done[0][1]
+    by_call = cache_commands(model, ("verify",), ("verify", "--repair"), ("verify",))
+    for done in by_call:
         assert all(out == "" for _, out, _ in done[1:]), "one table, of one rank"
-    assert codes == [[1] * 4, [0] * 4, [0] * 4]
+    assert [[code for code, _, _ in done] for done in by_call] == [[1] * 4, [0] * 4, [0] * 4]
+    first = by_call[0][0][1]
     assert first.count("1 damaged") == 1
     assert first.count("0 damaged") == 1
     assert f"expected sha256 {damaged.name}" in first
@@ -210,8 +208,10 @@ def test_a_cache_is_verified_and_repaired_on_all_nodes(model: Nodes) -> None:
     assert model.hub.content_bytes() == served, "the other node has the right bytes"
 
 
-def cache_command(model: Nodes, *arguments: str) -> list[tuple[int, str, str]]:
-    return model.run(jobs.command, model.place, "cache", *arguments)
+def cache_commands(model: Nodes, *calls: tuple[str, ...]) -> list[list[tuple[int, str, str]]]:
+    """Run commands of `weightferry cache` in one job; by call, by rank, exit code, standard output and error."""
+    by_rank = model.run(jobs.commands, model.place, *(("cache", *arguments) for arguments in calls))
+    return [list(done) for done in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -222,15 +222,14 @@ def test_repair_needs_no_origin_where_a_node_has_the_right_bytes(model: Nodes, n
     damaged.write_bytes(b"?" * (len(content) + 1))
     gone.unlink()
     model.variables["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    done = cache_command(model, "verify")
-    assert [code for code, _, _ in done] == [1] * 4
-    assert "is not there" in done[0][1]
     asked = len(model.hub.requests)
-    done = cache_command(model, "verify", "--repair", "--json")
-    assert [code for code, _, _ in done] == [0] * 4, done
-    told = [one["repaired"] for said in json.loads(done[0][1]) for one in said["damaged"]]
+    before, repaired, after = cache_commands(model, ("verify",), ("verify", "--repair", "--json"), ("verify",))
+    assert [code for code, _, _ in before] == [1] * 4
+    assert "the content is missing" in before[0][1]
+    assert [code for code, _, _ in repaired] == [0] * 4, repaired
+    told = [one["repaired"] for said in json.loads(repaired[0][1]) for one in said["damaged"]]
     assert told == [True, True]
-    assert [code for code, _, _ in cache_command(model, "verify")] == [0] * 4
+    assert [code for code, _, _ in after] == [0] * 4
     assert damaged.read_bytes() == content
     assert len(model.hub.requests) == asked
 
@@ -240,17 +239,16 @@ def test_a_repair_that_fails_hides_nothing(model: Nodes) -> None:
     for rank in (0, 2):
         next(model.cache(rank).glob("hub/*/blobs/*")).write_bytes(b"?")
     model.variables["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    assert [code for code, _, _ in cache_command(model, "verify", "--repair")] == [1] * 4
-    done = cache_command(model, "verify")
-    assert [code for code, _, _ in done] == [1] * 4
-    assert done[0][1].count("1 damaged") == 2
+    repaired, after = cache_commands(model, ("verify", "--repair"), ("verify",))
+    assert [code for code, _, _ in repaired] == [1] * 4
+    assert [code for code, _, _ in after] == [1] * 4
+    assert after[0][1].count("1 damaged") == 2
 
 
 def test_a_source_that_one_node_has_is_verified_there(model: Nodes) -> None:
     (model.cache(2) / "hub/models--org--alone/blobs").mkdir(parents=True)
-    done = cache_command(model, "verify", "org/alone")
-    assert [code for code, _, _ in done] == [0] * 4, done
-    assert done[0][1].count("0 damaged") == 1
-    done = cache_command(model, "verify", "org/aloen")
-    assert [code for code, _, _ in done] == [1] * 4
-    assert "org/aloen is not in" in done[0][2]
+    found, misspelt = cache_commands(model, ("verify", "org/alone"), ("verify", "org/aloen"))
+    assert [code for code, _, _ in found] == [0] * 4, found
+    assert found[0][1].count("0 damaged") == 1
+    assert [code for code, _, _ in misspelt] == [1] * 4
+    assert "org/aloen is not in" in misspelt[0][2]

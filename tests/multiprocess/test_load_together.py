@@ -63,15 +63,15 @@ def test_a_folder_as_a_loadable(model: Nodes) -> None:
     assert values(gots) == [{"model": EXPECTED}] * 4
 
 
-@pytest.mark.parametrize("content", [b"not json", b'{"weight_map": {"a": "../x"}}', b'{"weight_map": {"a": "absent"}}'])
-def test_an_index_that_names_nonsense(model: Nodes, content: bytes) -> None:
-    model.hub.add_repo("org/bad", {"model.safetensors.index.json": content})
-    gots, after = model.tries(
-        partial(jobs.load, {"model": "org/bad/model.safetensors.index.json"}, jobs.only_model),
-        partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model),
-    )
-    failed_alike(gots, weightferry.CollectError, "resolve", {0})
-    assert values(after) == [{"model": EXPECTED}] * 4
+def test_an_index_that_names_nonsense(model: Nodes) -> None:
+    contents = [b"not json", b'{"weight_map": {"a": "../x"}}', b'{"weight_map": {"a": "absent"}}']
+    name = "model.safetensors.index.json"
+    model.hub.add_repo("org/bad", {f"{number}/{name}": content for number, content in enumerate(contents)})
+    calls = [partial(jobs.load, {"model": f"org/bad/{n}/{name}"}, jobs.only_model) for n in range(len(contents))]
+    good = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model)
+    for gots, after in model.cases(*((call, good) for call in calls)):
+        failed_alike(gots, weightferry.CollectError, "resolve", {0})
+        assert values(after) == [{"model": EXPECTED}] * 4
 
 
 def two_models() -> dict[str, Any]:
@@ -144,8 +144,10 @@ def load_split(meta: bool, kind: str) -> tuple[float, bool]:
     from weightferry.loading import hooks, modules
 
     mesh = init_device_mesh("cpu", (4,))
-    with torch.device("meta" if meta else "cpu"):
+    with torch.device("meta"):
         module = nn.Sequential(nn.Linear(WIDTH, ROWS, bias=False), nn.Linear(ROWS, WIDTH))
+    if not meta:
+        module.to_empty(device="cpu")
     if kind == "fsdp2":
         for child in module:
             fully_shard(child, mesh=mesh)
@@ -183,9 +185,8 @@ def resident(path: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
-@pytest.mark.parametrize("kind", ["fsdp2", "tensor parallel"])
-def test_each_rank_reads_its_own_shard(nodes: Nodes, kind: str, meta: bool) -> None:
+def test_each_rank_reads_its_own_shard(nodes: Nodes) -> None:
+    """With parameters in memory and on the meta device; one job, since the parallel modules of torch load slowly."""
     generator = torch.Generator().manual_seed(0)
     state = {
         "0.weight": torch.rand(ROWS, WIDTH, generator=generator),
@@ -193,7 +194,10 @@ def test_each_rank_reads_its_own_shard(nodes: Nodes, kind: str, meta: bool) -> N
         "1.bias": torch.rand(WIDTH, generator=generator),
     }
     nodes.hub.add_repo("org/split", {"model.safetensors": save(state)})
-    for read, correct in nodes.run(load_split, meta, kind):
-        assert correct
-        # Shards of rows share pages with the neighbouring shards.
-        assert 0.2 < read <= (0.3 if kind == "fsdp2" else 1.0)
+    cases = [(meta, kind) for kind in ("fsdp2", "tensor parallel") for meta in (False, True)]
+    by_case = nodes.tries(*(partial(load_split, meta, kind) for meta, kind in cases))
+    for (meta, kind), gots in zip(cases, by_case, strict=True):
+        for read, correct in values(gots):
+            assert correct, (kind, meta)
+            # Shards of rows share pages with the neighbouring shards.
+            assert 0.2 < read <= (0.3 if kind == "fsdp2" else 1.0), (kind, meta)

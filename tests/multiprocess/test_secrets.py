@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,18 @@ def private(tmp_path: Path, token: str) -> Iterator[Nodes]:
         yield nodes
 
 
+def run_commands(nodes: Nodes, *calls: Sequence[str]) -> list[tuple[set[int], str]]:
+    """Run the command on all ranks, as loud as it gets; by call, exit codes, and all that was written."""
+    by_rank = nodes.run(jobs.commands, nodes.place, *(("-vv", "stage", *arguments) for arguments in calls))
+    return [
+        ({code for code, _, _ in done}, "".join(out + err for _, out, err in done))
+        for done in zip(*by_rank, strict=True)
+    ]
+
+
 def run_command(nodes: Nodes, *arguments: str) -> tuple[set[int], str]:
-    """Run the command on all ranks, as loud as it gets; exit codes, and all that was written."""
-    done = nodes.run(jobs.command, nodes.place, "-vv", "stage", *arguments)
-    return {code for code, _, _ in done}, "".join(out + err for _, out, err in done)
+    """Run the command once."""
+    return run_commands(nodes, arguments)[0]
 
 
 def check_hidden(nodes: Nodes, secret: str) -> None:
@@ -94,22 +102,24 @@ def test_a_token_that_nobody_knows(private: Nodes, token: str) -> None:
 
 def test_a_source_that_holds_the_token(private: Nodes, token: str) -> None:
     """Pasted into the wrong place: as the name, as the revision, as a file."""
-    for arguments in (("org/model", "--revision", token), (f"hf://org/model/{token}",), (f"org/{token}",)):
-        assert run_command(private, *arguments)[0] == {1}
-        check_hidden(private, token)
+    calls = ("org/model", "--revision", token), (f"hf://org/model/{token}",), (f"org/{token}",)
+    assert [codes for codes, _ in run_commands(private, *calls)] == [{1}] * 3
+    check_hidden(private, token)
 
 
-@pytest.mark.parametrize("path", ["org/public/resolve/main/model.safetensors", "org/public/resolve/main/none.bin"])
-@pytest.mark.parametrize("where", ["password", "query"])
-def test_a_secret_in_a_url(private: Nodes, path: str, where: str) -> None:
+@pytest.mark.parametrize("token", TOKENS[:1], indirect=True)  # none is used here
+def test_a_secret_in_a_url(private: Nodes) -> None:
     private.variables["HF_TOKEN"] = ""
     secret = "0pen-sesame"
-    url = f"{private.hub.url}/{path}"
-    url = url.replace("://", f"://user:{secret}@") if where == "password" else f"{url}?access_token={secret}&a=b"
-    report = private.place / "report.json"
-    codes, said = run_command(private, url, "--to", str(private.place / "links"), "--report", str(report))
-    # The Hub of these tests takes no password.
-    assert codes == ({0} if where == "query" and "model" in path else {1}), said
+    urls = {}
+    for path in ("org/public/resolve/main/model.safetensors", "org/public/resolve/main/none.bin"):
+        url = f"{private.hub.url}/{path}"
+        urls[url.replace("://", f"://user:{secret}@")] = {1}  # the Hub of these tests takes no password
+        urls[f"{url}?access_token={secret}&a=b"] = {0} if "model" in path else {1}
+    folder = private.place
+    options = [("--to", f"{folder}/links{n}", "--report", f"{folder}/report{n}.json") for n in range(len(urls))]
+    done = run_commands(private, *((url, *more) for url, more in zip(urls, options, strict=True)))
+    assert [codes for codes, _ in done] == list(urls.values()), done
     check_hidden(private, secret)
 
 

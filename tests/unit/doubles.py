@@ -49,7 +49,7 @@ def environ(**variables: object) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-class FakeControl(LocalCoordinator):
+class FakeCoordinator(LocalCoordinator):
     """An operation of one process that can be ended, and tells its bytes to a watch."""
 
     def __init__(self, monitor: FakeMonitor) -> None:

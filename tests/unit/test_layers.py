@@ -15,7 +15,7 @@ LAYERS = (
     ("doctor",),
     ("testing",),
     ("launch",),
-    ("pretrainer", "once", "repair"),
+    ("pretrainer", "once", "repair_cache"),
     ("collection",),
     ("staging",),
     ("phases",),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
-from tests.unit.doubles import FakeControl, FakeMonitor, Over, manifest_of, surveyor_of
+from tests.unit.doubles import FakeCoordinator, FakeMonitor, Over, manifest_of, surveyor_of
 from weightferry.cache.layout import CacheLayout
 from weightferry.cache.survey import DomainSurvey
 from weightferry.errors import AccessDenied, IntegrityError, OriginError
@@ -41,7 +44,7 @@ class Leader:
             held = surveyor.survey()
             lacking = tuple(index for index in self.manifest.contents() if index not in held.complete)
             task = TransferTask(plan(self.manifest, {0: held}), lacking, {0: "h"})
-            return run_transfer(task, surveyor, self.settings, FakeControl(self.monitor), self.origin.factory)
+            return run_transfer(task, surveyor, self.settings, FakeCoordinator(self.monitor), self.origin.factory)
         finally:
             surveyor.release()
 
@@ -66,6 +69,37 @@ class Leader:
 @pytest.fixture
 def leader(layout: CacheLayout, settings: Settings, monitor: FakeMonitor) -> Leader:
     return Leader(layout, settings, monitor, FakeOrigin(FILES))
+
+
+class LonelyCoordinator(FakeCoordinator):
+    """The leader of one of two domains, whose neighbour never comes."""
+
+    def __init__(self, monitor: FakeMonitor) -> None:
+        super().__init__(monitor)
+        self.job_ranks = range(2)
+
+    @contextlib.contextmanager
+    def scoped_store(self, name: str) -> Iterator[Any]:
+        del name
+
+        class EmptyStore:
+            def set(self, key: str, value: str) -> None: ...
+
+            def check(self, keys: list[str]) -> bool:
+                return False
+
+        yield EmptyStore()
+
+
+def test_a_failed_read_is_the_error_also_while_the_ring_is_made(leader: Leader) -> None:
+    """Else the error on every rank would be that a thread was told to stop."""
+    leader.origin.faults.append(Fault(error=AccessDenied("not for you"), times=None))
+    surveyor = surveyor_of(leader.layout, leader.manifest)
+    survey = surveyor.survey()
+    made = plan(leader.manifest, {0: survey, 1: DomainSurvey()})
+    task = TransferTask(made, tuple(leader.manifest.contents()), {0: "h", 1: "h"})
+    with pytest.raises(AccessDenied, match="not for you"):
+        run_transfer(task, surveyor, leader.settings, LonelyCoordinator(leader.monitor), leader.origin.factory)
 
 
 def test_all_files_with_their_digests(leader: Leader) -> None:

@@ -36,7 +36,7 @@ class LockTimeouts:
     Attributes
     ----------
     total
-        For all locks together, whatever their holders do.
+        For all locks together, also when their holders send heartbeats.
     silence
         Since the last heartbeat of a holder that sends heartbeats.
     heartbeat_interval

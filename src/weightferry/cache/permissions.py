@@ -1,4 +1,4 @@
-"""Permissions of new files in a cache: they follow the folder in which the file is made, whatever the umask.
+"""Permissions of new files in a cache: they follow the folder in which the file is made, not the umask.
 
 A private cache stays private. In the cache of a group, every member can continue from the files of another member. A
 member may also have placed a symbolic link there, so no function here makes, changes or lists a file through a link.

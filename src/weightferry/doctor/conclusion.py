@@ -123,7 +123,7 @@ def _rates(findings: Findings) -> dict[str, dict[int, float]]:
 
 
 def _recommended_cache_dir(findings: Findings) -> str | None:
-    """Return the checked cache folder if it works, else a folder on a disk that every node has of its own."""
+    """Return the checked cache folder if it works, else a folder on a local disk that every node has."""
     usable = not any(node["cache"]["problem"] for node in findings["nodes"])
     if usable and _cache_folder(findings)["locks"] in ("exclude", None):
         return findings["cache_dir"]

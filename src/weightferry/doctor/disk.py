@@ -66,7 +66,7 @@ def errno_name(error: OSError) -> str:
 
 
 def local_disks() -> list[LocalDisk]:
-    """List the usual node-local folders that exist here, are writable, and lie on a disk of this node."""
+    """List the usual node-local folders that exist here, are writable, and are on a disk of this node."""
     found: list[LocalDisk] = []
     for folder in map(Path, _LOCAL_FOLDERS):
         writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What the user asks to have checked.
+    """The folders, sizes and origin to check.
 
     Attributes
     ----------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightferry.cache.extents import Extents
 from weightferry.cache.survey import DomainSurvey
 from weightferry.manifest import Manifest
 from weightferry.transfer.pieces import Piece, cut_pieces
@@ -96,4 +95,5 @@ def _bytes_held(survey: DomainSurvey, piece: Piece) -> int:
     """Return how many bytes of a piece the domain holds as a part of an incomplete file."""
     if piece.bundle or piece.stop is None:
         return 0
-    return survey.partial_ranges.get(piece.files[0], Extents()).within(piece.start, piece.stop)
+    ranges = survey.partial_ranges.get(piece.files[0])
+    return 0 if ranges is None else ranges.within(piece.start, piece.stop)

@@ -155,15 +155,15 @@ class FakeOrigin:
         above, _, name = source.root.rpartition("/")
         if list(paths) == [""] and name in self.files:
             source, paths = replace(source, root=above, path=name), [name]
-        wanted: dict[str, File] = {}
+        found: dict[str, File] = {}
         for path in paths:
             names = [name for name in self.files if is_below(name, path)]
             if not names:
                 hint = suggest_similar(path, list(self.files))
                 raise SourceNotFound(f"no file or folder {path!r} in the source{hint}", subject=f"{source}/{path}")
-            wanted |= {name: self.file(name, str(source)) for name in names}
+            found |= {name: self.file(name, str(source)) for name in names}
         return PinnedSource(
-            source, listing_commit(self.file(name, str(source)) for name in self.files), tuple(wanted.values())
+            source, listing_commit(self.file(name, str(source)) for name in self.files), tuple(found.values())
         )
 
     def file(self, path: str, subject: str = "") -> File:

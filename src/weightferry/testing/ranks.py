@@ -14,9 +14,11 @@ its value must pickle.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ _PRELOAD = (
     "torch.distributed",
     "weightferry.testing.ranks",
     "weightferry.staging",
+    "weightferry.cluster.distributed",
     "weightferry.loading.hook_registry",
+    "weightferry.origins.hub",
 )
 
 
@@ -187,6 +191,8 @@ def _main(
 ) -> None:
     os.environ.update(environ)
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"})
+    # This module reads the environment when it is imported, and the server process has imported it.
+    importlib.reload(sys.modules["huggingface_hub.constants"])
     from torch import distributed as dist
 
     timeout = timedelta(seconds=60)

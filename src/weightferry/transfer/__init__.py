@@ -1,1 +1,1 @@
-"""Getting missing bytes into the cache: the plan (pure) and the reading."""
+"""Transfer missing bytes into the cache: ranged reads from the origins, the relay between leaders, hashing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from weightferry.cache.survey import CacheSurveyor
@@ -17,7 +17,7 @@ from weightferry.transfer.origin_reader import OriginReader
 from weightferry.transfer.piece_store import PieceStore
 from weightferry.transfer.plan import TransferTask
 from weightferry.transfer.relay.queue import RelayQueue
-from weightferry.transfer.transfer_session import TransferSession
+from weightferry.transfer.transfer_session import Stopped, TransferSession
 
 # Files hashed at a time. SHA-256 runs at 1.8 GB/s a core (measured), so four keep up with 50 Gbit/s.
 _HASH_THREADS = 4
@@ -98,7 +98,8 @@ def run_transfer(
         if plan.edges_of(leader):
             from weightferry.transfer.relay.ring import join_ring  # torch is only needed where there are neighbours
 
-            stack.enter_context(join_ring(task, piece_store, relay_queue, settings, coordinator, session))
+            with suppress(Stopped):  # a read failed meanwhile: the session has its error
+                stack.enter_context(join_ring(task, piece_store, relay_queue, settings, coordinator, session))
         session.wait()
     counts = (session.origin_bytes, session.peer_bytes_in, session.peer_bytes_out)
     return TransferResult(*counts, session.sha256, session.mismatches, session.copied_bytes)

@@ -143,10 +143,10 @@ def test_an_attribute_that_has_every_attribute_is_not_marked() -> None:
 
         def __call__(self) -> None: ...
 
-    class Holder:
+    class Container:
         everything = Everything()
 
-    assert find_hook(Holder(), {}, registry.TRANSFER_MARK) is None
+    assert find_hook(Container(), {}, registry.TRANSFER_MARK) is None
 
 
 def test_signatures_are_checked() -> None:

@@ -44,7 +44,7 @@ class ServerState:
 class Listener(ThreadingHTTPServer):
     """One address of a server: bound by the constructor, served from `start` to `close`.
 
-    After `close`, no thread of it runs and no socket of it is open, whatever its clients do.
+    After `close`, no thread of it runs and no socket of it is open, also if clients keep their connections open.
     """
 
     request_queue_size = 1024  # thousands of ranks may connect at once; the default is 5

@@ -1,4 +1,4 @@
-"""The configuration files of a testbed, each as a text that follows from the spec."""
+"""The texts of a testbed's configuration files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .spec import HEAD, Host, Spec
 CONTROLLER_PORT = 6817
 NODE_PORT = 6818
 CLIENTS = ("sacct", "salloc", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
-# A proxy of the machine cannot be reached from inside, and a client that obeys one would not find the origin.
+# The hosts cannot reach a proxy of the machine, and a client that uses a proxy does not reach the origin.
 PROXY_VARIABLES = tuple(
     name for scheme in ("http", "https", "all") for name in (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")
 )
 
-# Claimed, like the CPUs: it is not shared out, but a job that asks for more is refused.
+# Each node reports this much. Slurm does not divide it between jobs, but refuses a job that requests more.
 _MEMORY_MB = 64000
 
 _SLURM_CONF = """\
@@ -29,7 +29,7 @@ SlurmdPort={node_port}
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its first credential has expired: cred_expire + 1 seconds instead of 121.
+# A requeued job waits until its first credential expires: cred_expire + 1 seconds instead of 121.
 AuthInfo=socket={munge_socket},cred_expire=5
 StateSaveLocation={controller_state}
 SlurmdSpoolDir={spool}
@@ -37,7 +37,7 @@ SlurmctldPidFile={controller_state}/pid
 SlurmdPidFile={spool}/pid
 MpiDefault=none
 SwitchType=switch/none
-# Plugins that leave the machine's cgroups alone.
+# Plugins that do not change the machine's cgroups.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -46,11 +46,11 @@ JobCompType=jobcomp/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=5,sched_min_interval=0,bf_interval=1
-# Nodes may claim more CPUs than the machine has.
+# Nodes may report more CPUs than the machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-# A dead node is noticed, and its job ended or requeued, in seconds.
+# Within seconds, Slurm detects a dead node and ends or requeues its job.
 SlurmdTimeout=10
 SlurmctldTimeout=10
 InactiveLimit=30
@@ -60,7 +60,7 @@ BatchStartTimeout=5
 CompleteWait=0
 MessageTimeout=5
 TCPTimeout=2
-# `scontrol show job`, and the sacct that asks it, know a job for an hour after its end.
+# `scontrol show job`, and the sacct that calls it, list a job for an hour after its end.
 MinJobAge=3600
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP
@@ -88,30 +88,30 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
 
 
 def cgroup_conf() -> str:
-    """Return cgroup.conf: slurmd names a cgroup plugin even when no other plugin of its uses one."""
-    # Named, since the default looks at /sys/fs/cgroup, which the hosts do not have.
+    """Return cgroup.conf: slurmd loads a cgroup plugin even if no other plugin uses it."""
+    # The default plugin reads /sys/fs/cgroup, which the hosts do not have.
     return "CgroupPlugin=cgroup/v1\n"
 
 
 def hosts_file(spec: Spec, host: Host) -> str:
-    """Return /etc/hosts of `host`."""
+    """Return the content of /etc/hosts for `host`."""
     lines = ["127.0.0.1 localhost"]
     for other in spec.hosts:
-        own = spec.loopback_names and other.name == host.name
-        lines.append(f"{'127.0.1.1' if own else other.address} {other.name}")
+        is_loopback = spec.loopback_names and other.name == host.name
+        lines.append(f"{'127.0.1.1' if is_loopback else other.address} {other.name}")
     return "\n".join(lines) + "\n"
 
 
 def sacct_script() -> str:
-    """Return what stands in for the command sacct on every host."""
+    """Return the script that replaces the command sacct on every host."""
     return f'#!/bin/sh\nexec {_python(SACCT)} "$@"\n'
 
 
 def client_script(command: str, head: ProcessId, layout: Layout) -> str:
-    """Return a script that runs one of Slurm's commands on the head for a process outside."""
+    """Return a script for processes outside that runs one of Slurm's commands on the head."""
     return (
         "#!/bin/sh\n"
-        "# The job that this starts gets its PATH from here, and inside there is nobody to enter.\n"
+        "# A job inherits this PATH. On the hosts it must find Slurm's own commands, not these scripts.\n"
         f'PATH="${{PATH#{layout.clients}:}}"\n'
         f"unset {' '.join(PROXY_VARIABLES)}\n"
         f'exec {_python(ENTER)} {head.pid} {head.started} {command} "$@"\n'
@@ -119,5 +119,5 @@ def client_script(command: str, head: ProcessId, layout: Layout) -> str:
 
 
 def _python(script: Path) -> str:
-    # -I -S: neither the user's environment nor the site packages have a say, and it starts in 10 ms.
+    # -I -S: ignore the user's environment and the site packages, and start in 10 ms.
     return f"{shlex.quote(sys.executable)} -I -S {shlex.quote(str(script))}"

@@ -1,4 +1,4 @@
-"""What leaves the origin, on four nodes: nothing that any node has, once what none has, however few nodes reach it."""
+"""The bytes from the origin, on four nodes: 0 for files that any node has, else once, even if one node reaches it."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ SIZE = sum(SIZES.values())
 
 @contextmanager
 def cut_off(testbed: Testbed, nodes: Iterable[str], url: str) -> Iterator[None]:
-    """Leave nodes without a way to the origin."""
+    """Cut the route from nodes to the origin."""
     route = ["blackhole", f"{testbed.addresses['origin']}/32"]
-    with ExitStack() as back:
+    with ExitStack() as routes:
         for node in nodes:
             testbed.run(["ip", "route", "add", *route], node)
-            back.callback(testbed.run, ["ip", "route", "del", *route], node)
-            asked = testbed.run(["curl", "-s", "-m", "5", f"{url}/-/stats"], node, check=False)
-            assert asked.returncode != 0, "it is really cut off"
+            routes.callback(testbed.run, ["ip", "route", "del", *route], node)
+            curl = testbed.run(["curl", "-s", "-m", "5", f"{url}/-/stats"], node, check=False)
+            assert curl.returncode != 0, "the node still reaches the origin"
         yield
 
 
 def test_one_gateway_is_enough(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-gateway"
-    lost = [node for node in testbed.nodes if node != testbed.nodes[2]]
-    with cut_off(testbed, lost, hub.url):
-        report = hub.stage("--cache-dir", cache)
+    without_route = [node for node in testbed.nodes if node != testbed.nodes[2]]
+    with cut_off(testbed, without_route, hub.url):
+        report = hub.stage("--cache-dir", cache, tasks_per_node=1)
     assert {domain["host"]: domain["origin_bytes"] for domain in report["domains"]} == {
-        node: 0 if node in lost else SIZE for node in testbed.nodes
+        node: 0 if node in without_route else SIZE for node in testbed.nodes
     }
     check_every_node(hub, cache)
 
 
-def test_a_lock_file_where_no_node_has_a_network(hub: Served, testbed: Testbed) -> None:
-    """Warm, it works; cold, it is to fail in under 5 s, which is printed, and names each file."""
+def test_a_lock_file_without_a_network(hub: Served, testbed: Testbed) -> None:
+    """With the files in a cache, it works. Without, it fails within seconds (printed) and names each file."""
     cache, lock = testbed.local / "cache-locked", testbed.shared / "weights.lock"
     prefetch = [sys.executable, "-m", "weightferry.cli", "prefetch", REPO, "--lockfile", str(lock)]
     testbed.run([*prefetch, "--cache-dir", str(cache)], testbed.nodes[1], env=hub.environ)
@@ -55,17 +55,17 @@ def test_a_lock_file_where_no_node_has_a_network(hub: Served, testbed: Testbed) 
         check_every_node(hub, cache)
         began = time.monotonic()
         done = testbed.run([*command, f"{cache}-cold"], env=hub.environ, check=False, timeout=100)
-    print(f"four cold nodes without a network fail in {time.monotonic() - began:.1f} s, srun and imports included")
+    print(f"four nodes with empty caches fail in {time.monotonic() - began:.1f} s, with srun and imports")
     assert done.returncode != 0
     assert done.stderr.count("no node has 3 files") == 4, done.stderr
     assert all(path in done.stderr for path in SIZES)
 
 
-def test_what_any_node_has_is_not_read_again(hub: Served, testbed: Testbed) -> None:
+def test_files_of_any_node_are_not_downloaded_again(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-parts"
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == SIZE
+    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == SIZE
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[1])
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have it"
+    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == 0, "three nodes have it"
     check_every_node(hub, cache)
 
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[0])
@@ -73,42 +73,45 @@ def test_what_any_node_has_is_not_read_again(hub: Served, testbed: Testbed) -> N
         for path in ("model.safetensors", "shards/part.bin"):
             digest = hub.sha256[path]
             testbed.run([sys.executable, str(HERE / "keep_part.py"), str(cache), digest, str(number), "3"], node)
-    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have a third each"
+    report = hub.stage("--cache-dir", cache, tasks_per_node=1)
+    assert report["total"]["origin_bytes"] == 0, "three nodes have a third each"
     check_every_node(hub, cache)
 
 
-def test_two_jobs_at_once_read_it_once(hub: Served, testbed: Testbed) -> None:
+def test_two_parallel_jobs_download_once(hub: Served, testbed: Testbed) -> None:
     cache, before = testbed.local / "cache-two-jobs", hub.content_bytes()
-    command = ["srun", "-N4", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
+    nodes = testbed.nodes[:2]
+    command = ["srun", "-w", ",".join(nodes), "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=1"]
     command += [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--cache-dir", str(cache)]
     jobs = [testbed.popen(command, env=hub.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     for job in jobs:
-        said, _ = job.communicate(timeout=100)
-        assert job.returncode == 0, said
+        output, _ = job.communicate(timeout=100)
+        assert job.returncode == 0, output
     assert hub.content_bytes() - before <= 1.1 * SIZE
-    check_every_node(hub, cache)
+    check_every_node(hub, cache, nodes)
 
 
 @pytest.fixture(params=["size=4m", "size=1g,nr_inodes=9"])
 def small_disk(request: pytest.FixtureRequest, testbed: Testbed) -> Iterator[Path]:
-    """A folder on all nodes; on the fourth, a file system that is too small."""
-    folder, node = testbed.local / "small", testbed.nodes[3]
-    for each in testbed.nodes:
-        testbed.run(["mkdir", str(folder)], each)
+    """A folder on two nodes; on the second, a file system that is too small."""
+    folder, nodes = testbed.local / "small", testbed.nodes[2:]
+    node = nodes[1]
+    for name in nodes:
+        testbed.run(["mkdir", str(folder)], name)
     testbed.run(["mount", "-t", "tmpfs", "-o", request.param, "small", str(folder)], node)
     yield folder
     testbed.run(["umount", str(folder)], node)
-    for each in testbed.nodes:
-        testbed.run(["rm", "-rf", str(folder)], each)
+    for name in nodes:
+        testbed.run(["rm", "-rf", str(folder)], name)
 
 
-def test_a_disk_that_is_too_small_is_named_before_a_byte_moves(hub: Served, testbed: Testbed, small_disk: Path) -> None:
+def test_the_error_of_a_small_disk_comes_before_the_download(hub: Served, testbed: Testbed, small_disk: Path) -> None:
     before = hub.content_bytes()
-    command = ["srun", "-N4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+    command = ["srun", "-w", "node3,node4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
     command += [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--cache-dir", str(small_disk / "cache")]
     done = testbed.run(command, env=hub.environ, check=False, timeout=100)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "survey on node4 (rank 3" in line]
-    assert len(said) == 4, done.stderr
-    assert "not enough" in said[0]
+    lines = [line for line in done.stderr.splitlines() if "survey on node4 (rank 1" in line]
+    assert len(lines) == 2, done.stderr
+    assert "not enough" in lines[0]
     assert hub.content_bytes() == before
