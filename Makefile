@@ -12,10 +12,13 @@ OLDEST := $(VENV)/oldest
 # beside every torch, there is tests/speechbrain/stubs.
 SPEECHBRAIN := $(VENV)/speechbrain
 
+# The packages of the examples are many and large, so they have an environment of their own.
+EXAMPLES := $(VENV)/examples
+
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
-.PHONY: demo docs test test-oldest test-speechbrain test-cluster soak soak-cache check lint types clean
+.PHONY: demo docs test test-fast test-oldest test-speechbrain test-examples test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -28,7 +31,11 @@ docs: $(VENV)/.docs
 # Those of tests/cluster run on a real Slurm cluster of this machine's own (slurm/testbed), which needs root on Debian;
 # otherwise they are skipped, and say so.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/speechbrain tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/speechbrain --ignore tests/examples tests
+
+# The tests that need no job of several ranks.
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
 test-oldest: $(OLDEST)/.done
@@ -38,6 +45,10 @@ test-oldest: $(OLDEST)/.done
 # Our Pretrainer in code of SpeechBrain, and beside SpeechBrain's own class.
 test-speechbrain: $(SPEECHBRAIN)/.done
 	PYTHONPATH="$(CURDIR)/$(SPEECHBRAIN):$(CURDIR)/tests/speechbrain/stubs" $(BIN)/python -m pytest -n 2 tests/speechbrain
+
+# Each of examples/ with real ranks and the real package; about five minutes, and 2 GB to install.
+test-examples: $(EXAMPLES)/.done
+	$(EXAMPLES)/bin/python -m pytest -n 2 tests/examples
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
@@ -96,6 +107,12 @@ $(SPEECHBRAIN)/.done: $(VENV)/.test Makefile constraints.txt
 	rm -rf $(SPEECHBRAIN)
 	$(PIP) install --quiet --constraint constraints.txt --no-deps --target $(SPEECHBRAIN) \
 	    speechbrain requests urllib3 idna charset-normalizer certifi
+	touch $@
+
+$(EXAMPLES)/.done: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(EXAMPLES)
+	$(EXAMPLES)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    --editable '.[test,examples]'
 	touch $@
 
 clean:

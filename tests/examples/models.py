@@ -1,0 +1,105 @@
+"""Tiny models, made on the spot: repositories for the examples, and the number that every rank must print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+
+
+def fingerprint(module: torch.nn.Module) -> float:
+    return float(sum(parameter.detach().double().abs().sum() for parameter in module.parameters()))
+
+
+def config() -> BertConfig:
+    return BertConfig(
+        vocab_size=64,
+        max_position_embeddings=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+
+
+def bert(folder: Path) -> str:
+    torch.manual_seed(1)
+    model = BertModel(config())
+    model.save_pretrained(folder)
+    return f"fingerprint {fingerprint(model):.6f}"
+
+
+def masked_bert(folder: Path) -> str:
+    torch.manual_seed(2)
+    model = BertForMaskedLM(config())
+    model.save_pretrained(folder)
+    return f"fingerprint {fingerprint(BertForMaskedLM.from_pretrained(folder)):.6f}"
+
+
+def adapter(folder: Path, base: Path) -> str:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    model = get_peft_model(BertModel.from_pretrained(base), lora)
+    model.save_pretrained(folder)
+    return f"fingerprint {fingerprint(model):.6f}"
+
+
+def sharded(folder: Path) -> str:
+    """A sequence of four linear layers, in two files and their index."""
+    torch.manual_seed(4)
+    layers = [layer for _ in range(4) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*layers)
+    state = model.state_dict()
+    weight_map: dict[str, str] = {}
+    folder.mkdir(parents=True)
+    for number, names in enumerate((list(state)[:4], list(state)[4:]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: state[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return f"fingerprint {fingerprint(model):.6f}"
+
+
+def distributed_checkpoint(folder: Path) -> str:
+    """A module and its optimizer after seven steps, saved by one process."""
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(7):
+        model(torch.randn(4, 32)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(7)}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return f"fingerprint {fingerprint(model):.6f} at step 7"
+
+
+def sentence_encoder(folder: Path) -> str:
+    """A BERT with mean pooling and a tokenizer of words."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] one small step a giant leap weights on every node no rank waits for ever"
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words.split())}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    base = folder.with_name(f"{folder.name}-base")
+    torch.manual_seed(6)
+    BertModel(config()).save_pretrained(base)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(base)
+    transformer = Transformer(str(base))
+    model = SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
+    model.save(str(folder))
+    sentences = ["one small step", "weights on every node", "a giant leap", "no rank waits for ever"]
+    return f"fingerprint {np.abs(model.encode(sentences)).sum():.4f}"
