@@ -11,7 +11,7 @@ OLDEST := $(VENV)/oldest
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
-.PHONY: demo docs test test-oldest test-cluster soak soak-cache check lint types clean
+.PHONY: demo docs test test-fast test-oldest test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -25,6 +25,10 @@ docs: $(VENV)/.docs
 # otherwise they are skipped, and say so.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The tests that need no job of several ranks.
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
 test-oldest: $(OLDEST)/.done
