@@ -37,6 +37,10 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
+# The tests that need no job of several ranks.
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
+
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
 test-oldest: $(OLDEST)/.done
 	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 \

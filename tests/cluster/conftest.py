@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +65,10 @@ def hub(testbed: Testbed) -> Served:
     command = [sys.executable, "-m", "weightferry.testing.hub", str(root), "--host", "0.0.0.0"]
     command += ["--port", str(PORT), "--cdn-port", str(CDN_PORT)]
     return Served(testbed, testbed.start_origin(command, PORT).url, sha256)
+
+
+@pytest.fixture(scope="session")
+def first_stage(hub: Served, testbed: Testbed) -> tuple[Path, dict[str, Any]]:
+    """Stage the repository on all nodes with two ranks each; return the cache folder on each node, and the report."""
+    cache = testbed.local / "cache-first"
+    return cache, hub.stage("--cache-dir", cache, tasks_per_node=2)

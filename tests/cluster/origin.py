@@ -45,7 +45,7 @@ class Served:
         count: int = json.loads(answer)["content_bytes"]
         return count
 
-    def stage(self, *arguments: str | Path, tasks_per_node: int = 2) -> dict[str, Any]:
+    def stage(self, *arguments: str | Path, tasks_per_node: int = 1) -> dict[str, Any]:
         """Run `weightferry stage` under srun on all nodes; return its report."""
         report = self.testbed.shared / "report.json"
         nodes = f"-N{len(self.testbed.nodes)}"

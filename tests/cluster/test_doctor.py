@@ -124,11 +124,8 @@ def test_the_reason_for_a_refused_job_is_printed(outside):
     assert not report["verdict"]["fit"]
 
 
-@pytest.mark.parametrize("command", [DOCTOR, SCRIPT])
-def test_one_node_on_this_machine_without_slurm(tmp_path, command):
-    done, report = doctor(
-        tmp_path, "--nodes", "1", "--cluster", "local", "--cache-dir", tmp_path / "cache", command=command
-    )
+def test_one_node_on_this_machine_without_slurm(tmp_path):
+    done, report = doctor(tmp_path, "--nodes", "1", "--cluster", "local", "--cache-dir", tmp_path / "cache")
 
     assert done.returncode == 0
     assert report["stage"]["nodes_sha256"] == [report["stage"]["sha256"]]
@@ -153,11 +150,15 @@ def test_an_origin_that_does_not_answer_is_a_problem(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(), ("--nodes", "2", "--cluster", "local"), ("--nodes", "2", "--origin", "/a/path")],
+    ("command", "arguments"),
+    [
+        (DOCTOR, ()),
+        (DOCTOR, ("--nodes", "2", "--cluster", "local")),
+        (DOCTOR, ("--nodes", "2", "--origin", "/a/path")),
+        (SCRIPT, ("--nodes", "2", "--cluster", "local")),
+    ],
 )
-@pytest.mark.parametrize("command", [DOCTOR, SCRIPT])
-def test_wrong_arguments_are_refused_before_the_job_is_submitted(tmp_path, arguments, command):
+def test_wrong_arguments_are_refused_before_the_job_is_submitted(tmp_path, command, arguments):
     done, _ = doctor(tmp_path, *arguments, command=command)
 
     assert done.returncode == 2

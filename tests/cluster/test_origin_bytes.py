@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_one_gateway_is_enough(hub: Served, testbed: Testbed) -> None:
     cache = testbed.local / "cache-gateway"
     without_route = [node for node in testbed.nodes if node != testbed.nodes[2]]
     with cut_off(testbed, without_route, hub.url):
-        report = hub.stage("--cache-dir", cache, tasks_per_node=1)
+        report = hub.stage("--cache-dir", cache)
     assert {domain["host"]: domain["origin_bytes"] for domain in report["domains"]} == {
         node: 0 if node in without_route else SIZE for node in testbed.nodes
     }
@@ -45,27 +46,28 @@ def test_one_gateway_is_enough(hub: Served, testbed: Testbed) -> None:
 
 def test_a_lock_file_without_a_network(hub: Served, testbed: Testbed) -> None:
     """With the files in a cache, it works. Without, it fails within seconds (printed) and names each file."""
-    cache, lock = testbed.local / "cache-locked", testbed.shared / "weights.lock"
+    cache, lock, nodes = testbed.local / "cache-locked", testbed.shared / "weights.lock", testbed.nodes[:2]
     prefetch = [sys.executable, "-m", "weightferry.cli", "prefetch", REPO, "--lockfile", str(lock)]
-    testbed.run([*prefetch, "--cache-dir", str(cache)], testbed.nodes[1], env=hub.environ)
-    command = ["srun", "-N4", "--ntasks-per-node=1", "--kill-on-bad-exit=0", sys.executable, "-m", "weightferry.cli"]
-    command += ["stage", REPO, "--lockfile", str(lock), "--cache-dir"]
-    with cut_off(testbed, testbed.nodes, hub.url):
+    testbed.run([*prefetch, "--cache-dir", str(cache)], nodes[1], env=hub.environ)
+    command = ["srun", "-w", ",".join(nodes), "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+    command += [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--lockfile", str(lock), "--cache-dir"]
+    with cut_off(testbed, nodes, hub.url):
         testbed.run([*command, str(cache)], env=hub.environ, timeout=100)
-        check_every_node(hub, cache)
+        check_every_node(hub, cache, nodes)
         began = time.monotonic()
         done = testbed.run([*command, f"{cache}-cold"], env=hub.environ, check=False, timeout=100)
-    print(f"four nodes with empty caches fail in {time.monotonic() - began:.1f} s, with srun and imports")
+    print(f"two nodes with empty caches fail in {time.monotonic() - began:.1f} s, with srun and imports")
     assert done.returncode != 0
-    assert done.stderr.count("no node has 3 files") == 4, done.stderr
+    assert done.stderr.count("no node has 3 files") == 2, done.stderr
     assert all(path in done.stderr for path in SIZES)
 
 
-def test_files_of_any_node_are_not_downloaded_again(hub: Served, testbed: Testbed) -> None:
-    cache = testbed.local / "cache-parts"
-    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == SIZE
+def test_files_of_any_node_are_not_downloaded_again(
+    hub: Served, testbed: Testbed, first_stage: tuple[Path, dict[str, Any]]
+) -> None:
+    cache, _ = first_stage
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[1])
-    assert hub.stage("--cache-dir", cache, tasks_per_node=1)["total"]["origin_bytes"] == 0, "three nodes have it"
+    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have it"
     check_every_node(hub, cache)
 
     testbed.run(["rm", "-rf", str(cache)], testbed.nodes[0])
@@ -73,8 +75,7 @@ def test_files_of_any_node_are_not_downloaded_again(hub: Served, testbed: Testbe
         for path in ("model.safetensors", "shards/part.bin"):
             digest = hub.sha256[path]
             testbed.run([sys.executable, str(HERE / "keep_part.py"), str(cache), digest, str(number), "3"], node)
-    report = hub.stage("--cache-dir", cache, tasks_per_node=1)
-    assert report["total"]["origin_bytes"] == 0, "three nodes have a third each"
+    assert hub.stage("--cache-dir", cache)["total"]["origin_bytes"] == 0, "three nodes have a third each"
     check_every_node(hub, cache)
 
 

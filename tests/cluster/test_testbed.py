@@ -91,22 +91,6 @@ def test_a_batch_job_passes_its_exit_code_on(testbed):
     assert shown.splitlines() == ["JobID|State|ExitCode", f"{job}|FAILED|7:0"]
 
 
-def test_a_job_is_requeued_and_starts_again(testbed):
-    output = testbed.shared / "lives"
-    script = testbed.shared / "lives.sh"
-    script.write_text(
-        "#!/bin/sh\necho life ${SLURM_RESTART_COUNT:-0}\n"
-        '[ -n "$SLURM_RESTART_COUNT" ] && exit 0\nscontrol requeue $SLURM_JOB_ID; sleep 60\n'
-    )
-
-    began = time.monotonic()
-    testbed.run(["sbatch", "--wait", "--requeue", "--open-mode=append", f"--output={output}", script], timeout=100)
-
-    print(f"requeued and finished in {time.monotonic() - began:.1f} s")
-    lives = [line for line in output.read_text().splitlines() if line.startswith("life")]
-    assert lives == ["life 0", "life 1"]
-
-
 def test_a_signal_reaches_a_job(testbed):
     output = testbed.shared / "signalled"
     script = testbed.shared / "signalled.sh"
@@ -138,26 +122,6 @@ def test_submitit_learns_of_a_failed_job_from_sacct(outside):
     wait_for(lambda: job.watcher.is_done(job.job_id, mode="force"), 20)
 
     assert job.watcher.get_state(job.job_id) == "FAILED"
-
-
-GLOO = """
-import os, torch, torch.distributed as dist
-rank = int(os.environ["SLURM_PROCID"])
-dist.init_process_group("gloo", rank=rank, world_size=2, init_method="tcp://node1:29500")
-total = torch.tensor([rank + 1.0])
-dist.all_reduce(total)
-print(int(total))
-dist.destroy_process_group()
-"""
-
-
-def test_gloo_reduces_across_nodes(testbed):
-    script = testbed.shared / "gloo.py"
-    script.write_text(GLOO)
-
-    done = testbed.srun("-N2", PYTHON, script, env={"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"})
-
-    assert done.stdout.split() == ["3", "3"]
 
 
 def test_nodes_read_from_the_origin_and_this_machine_cannot(testbed):

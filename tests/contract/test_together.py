@@ -51,7 +51,9 @@ ORDERS = [
     ("stage", "hf_hub_download"),
     ("hf_hub_download", "stage"),
 ]
-orders = pytest.mark.parametrize("order", ORDERS, ids="-".join)
+all_orders = pytest.mark.parametrize("order", ORDERS, ids="-".join)
+# `snapshot_download` calls `hf_hub_download` for each file: whose process dies makes no other difference.
+two_orders = pytest.mark.parametrize("order", ORDERS[:2], ids="-".join)
 
 
 class Program:
@@ -140,7 +142,7 @@ def shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sh
             use_server(hub, patched)
 
 
-@orders
+@all_orders
 def test_both_succeed_and_download_large_files_once(shared_cache: SharedCache, order: tuple[str, str]) -> None:
     first, second = shared_cache.programs(order)
     first.begin()
@@ -161,7 +163,7 @@ def test_both_succeed_and_download_large_files_once(shared_cache: SharedCache, o
     shared_cache.check()
 
 
-@orders
+@two_orders
 def test_the_downloading_process_is_killed(shared_cache: SharedCache, order: tuple[str, str]) -> None:
     shared_cache.released.set()
     shared_cache.hub.faults.add(Fault(path_suffix=SECOND_FILE, kind="content", silent_after=700_000))
@@ -176,7 +178,7 @@ def test_the_downloading_process_is_killed(shared_cache: SharedCache, order: tup
     shared_cache.check()
 
 
-@orders
+@two_orders
 def test_the_waiting_process_is_killed(shared_cache: SharedCache, order: tuple[str, str]) -> None:
     first, second = shared_cache.programs(order)
     first.begin()

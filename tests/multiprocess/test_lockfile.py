@@ -109,15 +109,15 @@ def test_what_is_not_in_the_lock_file(locked: Nodes) -> None:
     failed_alike(other, SourceNotFound, "resolve", {0}, "hf://org/model")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 2, "sources": []}', '{"version": 1, "sources": [{}]}'])
-def test_what_is_no_lock_file(nodes: Nodes, content: str) -> None:
-    (nodes.place / "weights.lock").write_text(content)
-    gots, absent = nodes.tries(
-        partial(jobs.stage, "org/model", lockfile=lock(nodes)),
-        partial(jobs.stage, "org/model", lockfile=lock(nodes) + "2"),
-        world_size=2,
-    )
-    failed_alike(gots, BadRequest, "resolve", {0}, "lock file")
+def test_what_is_no_lock_file(nodes: Nodes) -> None:
+    contents = ["", "[]", '{"version": 2, "sources": []}', '{"version": 1, "sources": [{}]}']
+    paths = [nodes.place / f"{number}.lock" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(content)
+    calls = [partial(jobs.stage, "org/model", lockfile=str(path)) for path in (*paths, nodes.place / "absent.lock")]
+    *by_content, absent = nodes.tries(*calls, world_size=2)
+    for gots in by_content:
+        failed_alike(gots, BadRequest, "resolve", {0}, "lock file")
     failed_alike(absent, BadRequest, "resolve", {0}, "cannot be read")
 
 

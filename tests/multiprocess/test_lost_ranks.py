@@ -6,8 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 from torch import distributed
@@ -17,7 +21,7 @@ from tests.multiprocess.nodes import HOST, Nodes, check_cache, sha256s
 from weightferry.cluster.connect import process_group_coordinator
 from weightferry.errors import LeaderLost
 from weightferry.settings import Settings
-from weightferry.testing.hub import Fault
+from weightferry.testing.hub import Fault, HubServer
 from weightferry.testing.ranks import RankOutcome
 from weightferry.transfer.relay.edge import Neighbour, connect
 
@@ -26,13 +30,32 @@ BEAT_TIMEOUT = 4.0  # seconds; one look-up of a peer's name by torch (see nodes.
 ROOM = 10.0  # for a machine that is busy with other tests
 
 
-@pytest.fixture
-def slow(nodes: Nodes) -> Nodes:
-    """A transfer that takes minutes."""
-    nodes.hub.add_repo("org/model", {"w.bin": WEIGHTS})
-    nodes.hub.faults.add(Fault(path_suffix="w.bin", bytes_per_second=10_000, times=None))
-    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
-    return nodes
+@contextmanager
+def slow_nodes(place: Path) -> Iterator[Nodes]:
+    """Nodes whose transfer takes minutes."""
+    with HubServer() as hub:
+        hub.add_repo("org/model", {"w.bin": WEIGHTS})
+        hub.faults.add(Fault(path_suffix="w.bin", bytes_per_second=10_000, times=None))
+        nodes = Nodes(hub, place)
+        nodes.variables["WEIGHTFERRY_BEAT_TIMEOUT"] = str(BEAT_TIMEOUT)
+        yield nodes
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A job that lost one rank: its nodes, the other ranks, and the seconds until the last of them ended."""
+
+    nodes: Nodes
+    survivors: list[RankOutcome]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Loss]]:
+    """Four jobs at the same time. Each loses another rank in the middle of its transfer; by the number of that rank."""
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        nodes = [stack.enter_context(slow_nodes(tmp_path_factory.mktemp("lost"))) for _ in range(4)]
+        yield list(threads.map(lose, nodes, range(4)))
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -46,49 +69,44 @@ def both_read(nodes: Nodes) -> bool:
     return sum(request.file_bytes > 0 for request in nodes.hub.requests) == 3
 
 
-def lose(nodes: Nodes, rank: int) -> tuple[list[RankOutcome], float]:
-    """Kill one rank in the middle of the transfer; the outcomes by rank, and seconds until the last of them."""
+def lose(nodes: Nodes, rank: int) -> Loss:
+    """Kill one rank in the middle of the transfer, and check that nothing half done is left."""
     with nodes.start(partial(jobs.stage, "org/model")) as ranks:
         wait_for(partial(both_read, nodes))
         ranks.signal(rank, signal.SIGKILL)
         began = time.monotonic()
         outcomes = ranks.outcomes(100.0)
+        seconds = time.monotonic() - began
     assert outcomes[rank].exitcode == -signal.SIGKILL
-    return outcomes[:rank] + outcomes[rank + 1 :], time.monotonic() - began
-
-
-def check_nothing_half_done(nodes: Nodes) -> None:
-    for rank in (0, 2):
-        assert not list(nodes.cache(rank).glob("hub/*/blobs/*"))
-        assert not list(nodes.cache(rank).glob("hub/*/snapshots/*/*"))
+    for leader in (0, 2):
+        assert not list(nodes.cache(leader).glob("hub/*/blobs/*"))
+        assert not list(nodes.cache(leader).glob("hub/*/snapshots/*/*"))
+    return Loss(nodes, outcomes[:rank] + outcomes[rank + 1 :], seconds)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 1], ids=["leader", "its follower", "follower of rank 0"])
-def test_a_rank_is_killed_during_the_transfer(slow: Nodes, rank: int) -> None:
-    survivors, seconds = lose(slow, rank)
-    assert seconds < BEAT_TIMEOUT + ROOM
+def test_a_rank_is_killed_during_the_transfer(losses: list[Loss], rank: int) -> None:
+    survivors = losses[rank].survivors
+    assert losses[rank].seconds < BEAT_TIMEOUT + ROOM
     for outcome in survivors:
         assert type(outcome.error) is LeaderLost, outcome
         assert {(f.rank, f.host, f.phase) for f in outcome.error.failures.values()} == {(rank, HOST, "transfer")}
     assert len({str(outcome.error) for outcome in survivors}) == 1
     assert f"failed in transfer on {HOST} (rank {rank}" in str(survivors[0].error)
-    check_nothing_half_done(slow)
 
 
-def test_rank_0_is_killed_and_takes_the_store_with_it(slow: Nodes) -> None:
-    survivors, seconds = lose(slow, 0)
-    assert seconds < BEAT_TIMEOUT + ROOM
-    assert [type(outcome.error) for outcome in survivors] == [LeaderLost] * 3
-    check_nothing_half_done(slow)
+def test_rank_0_is_killed_and_takes_the_store_with_it(losses: list[Loss]) -> None:
+    assert losses[0].seconds < BEAT_TIMEOUT + ROOM
+    assert [type(outcome.error) for outcome in losses[0].survivors] == [LeaderLost] * 3
 
 
-def test_the_next_job_takes_over_from_a_killed_leader(slow: Nodes) -> None:
-    lose(slow, 2)
-    slow.hub.faults.clear()
-    seen = slow.run(jobs.stage, "org/model")
+def test_the_next_job_takes_over_from_a_killed_leader(losses: list[Loss]) -> None:
+    nodes = losses[2].nodes
+    nodes.hub.faults.clear()
+    seen = nodes.run(jobs.stage, "org/model")
     assert [files for _, files in seen] == [sha256s({"w.bin": WEIGHTS})] * 4
     for rank in (0, 2):
-        check_cache(slow.cache(rank))
+        check_cache(nodes.cache(rank))
 
 
 def test_a_rank_that_leaves_before_it_calls(nodes: Nodes) -> None:

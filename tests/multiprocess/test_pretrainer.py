@@ -51,16 +51,21 @@ def saved(obj: object) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [save(weights()), saved(weights())], ids=["safetensors", "pickle"])
-@pytest.mark.parametrize("collect_in", ["links", None])
-def test_every_rank_loads_the_published_values(nodes: Nodes, content: bytes, collect_in: str | None) -> None:
-    nodes.hub.add_repo("org/model", {"model.any": content})
-    into = nodes.place / collect_in if collect_in else None
-    loaded = nodes.run(jobs.load, {"model": "org/model/model.any"}, jobs.only_model, into)
-    assert loaded == [{"model": {name: value.tolist() for name, value in weights().items()}}] * 4
-    assert nodes.hub.content_bytes() == len(content)
-    for rank in (0, 2):
-        check_cache(nodes.cache(rank))
+def test_every_rank_loads_the_published_values(nodes: Nodes) -> None:
+    """From two formats, with a folder of links and without; four cases with empty caches."""
+    contents = {"safetensors": save(weights()), "pickle": saved(weights())}
+    nodes.hub.add_repo("org/model", {f"{kind}/model.any": content for kind, content in contents.items()})
+    calls = [
+        partial(jobs.load, {"model": f"org/model/{kind}/model.any"}, jobs.only_model, into)
+        for kind in contents
+        for into in (nodes.place / f"links-{kind}", None)
+    ]
+    for case, (loaded,) in enumerate(nodes.cases(*([call] for call in calls))):
+        assert values(loaded) == [{"model": {name: value.tolist() for name, value in weights().items()}}] * 4
+        for rank in (0, 2):
+            check_cache(nodes.cache(rank, case))
+    for kind, content in contents.items():
+        assert nodes.hub.content_bytes(f"{kind}/model.any") == 2 * len(content), "once for each of two cases"
 
 
 def test_a_module_and_its_optimizer(nodes: Nodes) -> None:
@@ -120,17 +125,17 @@ def test_an_old_file_and_a_dangling_link_are_replaced(files: Nodes) -> None:
     assert values(gots) == [{name: (into / f"{name}.ckpt", DIGEST[name]) for name in "ab"}] * 4
 
 
-@pytest.mark.parametrize("into", ["links", None])
-def test_ranks_that_want_different_files_get_their_own(files: Nodes, into: str | None) -> None:
-    where = files.place / into if into else None
-    first, last = (partial(jobs.collect, {name: f"org/model/{name}.ckpt"}, where) for name in "ab")
-    (gots,) = files.tries(partial(jobs.by_rank, {0: first, 1: first}, last))
-    for rank, found in enumerate(values(gots)):
-        name = "ab"[rank // 2]
-        assert {key: digest for key, (_, digest) in found.items()} == {name: DIGEST[name]}
-        assert found[name][0] == (where / f"{name}.ckpt" if where else found[name][0])
-    # Every node stages the files of all ranks.
-    assert files.hub.content_bytes() == (len(A) + len(B))
+def test_ranks_that_want_different_files_get_their_own(files: Nodes) -> None:
+    folders = (files.place / "links", None)
+    pairs = [[partial(jobs.collect, {name: f"org/model/{name}.ckpt"}, folder) for name in "ab"] for folder in folders]
+    by_case = files.cases(*([partial(jobs.by_rank, {0: first, 1: first}, last)] for first, last in pairs))
+    for folder, (gots,) in zip(folders, by_case, strict=True):
+        for rank, found in enumerate(values(gots)):
+            name = "ab"[rank // 2]
+            assert {key: digest for key, (_, digest) in found.items()} == {name: DIGEST[name]}
+            assert found[name][0] == (folder / f"{name}.ckpt" if folder else found[name][0])
+    # Every node stages the files of all ranks, once for each case.
+    assert files.hub.content_bytes() == 2 * (len(A) + len(B))
 
 
 def test_a_rank_without_files_takes_part(files: Nodes) -> None:

@@ -5,27 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
-
-import pytest
+from pathlib import Path
 
 from tests.multiprocess import jobs
 from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
-from tests.multiprocess.test_lost_ranks import BEAT_TIMEOUT, ROOM, WEIGHTS, both_read, wait_for
+from tests.multiprocess.test_lost_ranks import BEAT_TIMEOUT, ROOM, both_read, slow_nodes, wait_for
 from weightferry.errors import LeaderLost, Stalled
 from weightferry.testing.hub import Fault
 from weightferry.testing.ranks import RankOutcome
 
 FILES = {"w.bin": os.urandom(6_000_000)}
-
-
-@pytest.fixture
-def slow(nodes: Nodes) -> Nodes:
-    """A transfer that takes minutes."""
-    nodes.hub.add_repo("org/model", {"w.bin": WEIGHTS})
-    nodes.hub.faults.add(Fault(path_suffix="w.bin", bytes_per_second=10_000, times=None))
-    nodes.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": str(BEAT_TIMEOUT)}
-    return nodes
 
 
 def stop(nodes: Nodes, rank: int) -> list[RankOutcome]:
@@ -51,12 +43,18 @@ def stop(nodes: Nodes, rank: int) -> list[RankOutcome]:
     return outcomes
 
 
-@pytest.mark.parametrize("rank", [2, 0], ids=["leader", "holder of the store"])
-def test_a_rank_that_is_stopped_counts_as_lost(slow: Nodes, rank: int) -> None:
-    for outcome in stop(slow, rank):
-        assert type(outcome.error) is LeaderLost, outcome
-        assert {(f.rank, f.phase) for f in outcome.error.failures.values()} == {(rank, "transfer")}
-        assert "no heartbeat for " in str(outcome.error)
+def test_a_rank_that_is_stopped_counts_as_lost(tmp_path: Path) -> None:
+    """In two jobs at the same time: a leader, and the rank that holds the store."""
+    ranks = (2, 0)
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        for rank in ranks:
+            (tmp_path / f"{rank}").mkdir()
+        nodes = [stack.enter_context(slow_nodes(tmp_path / f"{rank}")) for rank in ranks]
+        for rank, outcomes in zip(ranks, threads.map(stop, nodes, ranks), strict=True):
+            for outcome in outcomes:
+                assert type(outcome.error) is LeaderLost, outcome
+                assert {(f.rank, f.phase) for f in outcome.error.failures.values()} == {(rank, "transfer")}
+                assert "no heartbeat for " in str(outcome.error)
 
 
 def test_an_origin_that_falls_silent_for_good(nodes: Nodes) -> None:

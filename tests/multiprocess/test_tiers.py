@@ -43,7 +43,7 @@ class TestTier:
     @pytest.fixture
     def tier(self, model: Nodes) -> Path:
         folder = model.place / "tier"
-        staged(model, cache_dir=folder)
+        model.run(partial(jobs.stage, "org/model", cache_dir=folder), world_size=1)
         model.variables["WEIGHTFERRY_CACHE_TIERS"] = f"{model.place}/none,{folder}"
         model.hub.reset()
         return folder

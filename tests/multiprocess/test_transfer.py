@@ -193,21 +193,23 @@ def faults(rng: random.Random) -> list[Fault]:
         lambda: Fault(status=503, kind="content", times=1),
         lambda: Fault(status=429, kind="content", headers={"Retry-After": "0"}, times=1),
         lambda: Fault(kind="content", bytes_per_second=20e6, times=2),
-        lambda: Fault(kind="content", corrupt_at=rng.randrange(len(WEIGHTS)), times=1),
+        lambda: Fault(kind="content", corrupt_at=rng.randrange(len(SOAK_FILES["w.bin"])), times=1),
         lambda: Fault(kind="content", ignore_range=True, times=1),
         lambda: Fault(hang_up=True, times=1),
     ]
     return [rng.choice(kinds)() for _ in range(rng.randrange(1, 5))]
 
 
-TRIALS = int(os.environ.get("WEIGHTFERRY_TEST_TRIALS", "12"))
+TRIALS = int(os.environ.get("WEIGHTFERRY_TEST_TRIALS", "8"))
+SOAK_FILES = {**FILES, "w.bin": WEIGHTS[: 18 * MIB + 17]}
 
 
 @pytest.mark.timeout(120 + 15 * TRIALS)
 def test_never_a_wrong_file(four: Nodes) -> None:
     """Faults at random, with fixed seeds; `make soak` runs more of them."""
     four.variables["WEIGHTFERRY_RETRIES"] = "4"
-    expected = sha256s(FILES)
+    four.hub.add_repo("org/soak", SOAK_FILES)
+    expected, total = sha256s(SOAK_FILES), sum(map(len, SOAK_FILES.values()))
     for seed in range(TRIALS):
         rng = random.Random(seed)
         folder = four.place / f"seed{seed}"
@@ -217,7 +219,7 @@ def test_never_a_wrong_file(four: Nodes) -> None:
         with four.start(call, world_size=3) as ranks:
             if killed := rng.random() < 0.3:
                 before = four.hub.content_bytes()
-                wait_for(lambda b=before: four.hub.content_bytes() > b + TOTAL // 3)  # type: ignore[misc]
+                wait_for(lambda b=before: four.hub.content_bytes() > b + total // 3)  # type: ignore[misc]
                 for rank in range(3):
                     ranks.signal(rank, signal.SIGKILL)
             outcomes = ranks.outcomes(110)
@@ -233,7 +235,7 @@ def test_never_a_wrong_file(four: Nodes) -> None:
 
 
 def stage_below(folder: Path) -> Any:
-    return jobs.stage("org/model", cache_dir=folder / f"node{jobs.rank()}")
+    return jobs.stage("org/soak", cache_dir=folder / f"node{jobs.rank()}")
 
 
 def test_the_hub_is_asked_once_for_a_file_however_many_pieces(four: Nodes) -> None:
