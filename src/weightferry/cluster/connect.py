@@ -82,7 +82,7 @@ def process_group_coordinator(
             else _distributed_coordinator(store, ranks, topology, settings, name, caller)
         )
         coordinator.operation = name
-        stack.callback(coordinator.close)
+        stack.enter_context(coordinator)
         yield coordinator
 
 
@@ -94,14 +94,14 @@ def launcher_coordinator(settings: Settings, topology: Topology, name: str) -> I
     torchrun sets them. Under Slurm and MPI missing variables are derived.
     """
     if topology.world_size == 1:
-        with contextlib.closing(LocalCoordinator(topology.host)) as coordinator:
+        with LocalCoordinator(topology.host) as coordinator:
             coordinator.operation = name
             yield coordinator
         return
     store = _rendezvous(topology, settings, name)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(_distributed_coordinator(store, ranks, topology, settings, name)) as coordinator:
+        with _distributed_coordinator(store, ranks, topology, settings, name) as coordinator:
             yield coordinator
     finally:
         _leave_together(store, topology, settings, "weightferry/bye")

@@ -79,7 +79,8 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
         if not store.check([heartbeat_key(rank)]):
             absent.append(job_rank)
             continue
-        call = Heartbeat.loads(store.get(heartbeat_key(rank))).call
+        beat = store.get(heartbeat_key(rank))
+        call = Heartbeat.loads(beat).call if beat else None  # empty: the rank left early
         guarded |= bool(call and call.guard)
         callers.setdefault(str(call) if call else "", []).append(job_rank)
     said = [
