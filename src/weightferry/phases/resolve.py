@@ -18,7 +18,7 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.manifests import read_listings
 from weightferry.cache.survey import is_complete, known_sha256
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.errors import CollectError, OriginError, OriginUnreachable, Stalled
+from weightferry.errors import OriginError, OriginUnreachable, Stalled
 from weightferry.manifest import File, Manifest, PinnedSource
 from weightferry.origins.base import Origin, Unreachable
 from weightferry.origins.hub_cache import HubCacheOrigin, is_offline, user_hub_cache
@@ -137,23 +137,20 @@ class LeaderResolver:
         self._several = len(job.leaders) > 1
         self._patience = min(settings.connect_timeout, _PATIENCE if self._several else _PATIENCE + _NEXT_PATIENCE)
         self._next_patience = min(settings.connect_timeout, _NEXT_PATIENCE)
-        self._error: CollectError | None = None
 
     def ask_first(self) -> LeaderAnswer:
         """Ask on rank 0. Without an answer raise, unless there are other leaders."""
-        hub = self._hub(LookupRules(self._patience, fall_back=not self._several))
+        hub = self._hub(LookupRules(self._patience, others_may_answer=self._several))
         try:
             return LeaderAnswer(self._pin(hub, other_ranks_can_ask=self._several))
-        except (OriginError, Stalled) as error:
-            unreachable = isinstance(error, OriginUnreachable)
-            if not self._several or not (unreachable or hub.failure):
+        except OriginUnreachable:
+            if not self._several:
                 raise
-            self._error = None if unreachable else error
             return self._no_answer(hub)
 
     def ask_next(self, first: LeaderAnswer) -> LeaderAnswer:
         """Ask on another leader, after rank 0 got no answer."""
-        hub = self._hub(LookupRules(self._next_patience, fall_back=False), first.known)
+        hub = self._hub(LookupRules(self._next_patience, others_may_answer=True), first.known)
         if first.others_can_ask:
             with contextlib.suppress(OriginUnreachable):
                 return LeaderAnswer(self._pin(hub, other_ranks_can_ask=True))
@@ -161,15 +158,14 @@ class LeaderResolver:
 
     def fall_back(self, answer: LeaderAnswer) -> LeaderAnswer:
         """Resolve from what the caches of all leaders know; no answer if an index of shards is in no cache here."""
-        hub = self._hub(LookupRules(self._next_patience, hub_failure=answer.hub_failure), answer.known)
+        rules = LookupRules(self._next_patience, others_may_answer=True, hub_failure=answer.hub_failure)
+        hub = self._hub(rules, answer.known)
         with contextlib.suppress(OriginError, Stalled):
             return LeaderAnswer(self._pin(hub, other_ranks_can_ask=True))
         return LeaderAnswer(None)
 
     def ask_with_retries(self, answer: LeaderAnswer) -> Resolution:
-        """Ask on rank 0 for the last time, and raise if there is no answer."""
-        if self._error:
-            raise self._error
+        """Ask on rank 0 as often as the settings say, and raise if there is no answer."""
         rules = LookupRules(self._next_patience, answer.fallback_allowed, hub_failure=answer.hub_failure)
         return self._pin(self._hub(rules, answer.known))
 
