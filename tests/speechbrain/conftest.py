@@ -30,11 +30,11 @@ def nodes(tmp_path: Path, warm_ranks: None) -> Iterator[Nodes]:
 
 
 def variables(rank: int, place: Path) -> dict[str, str]:
-    """The variables of torchrun, from which SpeechBrain reads the rank, and a home of its own for each node."""
+    """The variables of torchrun, from which SpeechBrain reads the rank, and a Hugging Face cache for each node."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": "4",
         "LOCAL_RANK": str(rank % 2),
         "LOCAL_WORLD_SIZE": "2",
-        "HF_HOME": str(place / f"huggingface{rank // 2}"),
+        "HF_HUB_CACHE": str(place / f"huggingface{rank // 2}"),
     }

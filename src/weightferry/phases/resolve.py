@@ -20,8 +20,9 @@ from weightferry.cache.survey import is_complete, known_sha256
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import OriginError, OriginUnreachable, Stalled
 from weightferry.manifest import File, Manifest, PinnedSource
+from weightferry.origins.access import DEFAULT_ACCESS, OriginAccess
 from weightferry.origins.base import Origin, Unreachable
-from weightferry.origins.hub_cache import HubCacheOrigin, is_offline, user_hub_cache
+from weightferry.origins.hub_cache import HubCacheOrigin
 from weightferry.origins.known_commits import KnownCommits, LookupRules, staged_on
 from weightferry.origins.listing import KnownListings, Listing
 from weightferry.origins.lockfile import Lockfile
@@ -40,7 +41,13 @@ _MAX_UNREQUESTED = 2000
 """Files of a listing that the ranks get although no rank wants them. A data set may have 100,000."""
 
 
-def resolve(coordinator: Coordinator, job: JobRequest, settings: Settings, lockfile: Path | None) -> Resolution:
+def resolve(
+    coordinator: Coordinator,
+    job: JobRequest,
+    settings: Settings,
+    lockfile: Path | None,
+    access: OriginAccess = DEFAULT_ACCESS,
+) -> Resolution:
     """Return the manifest of all that the ranks want, the same on every rank; collective.
 
     Parameters
@@ -55,7 +62,7 @@ def resolve(coordinator: Coordinator, job: JobRequest, settings: Settings, lockf
     """
     if lockfile is not None:
         return coordinator.run_on_rank0("resolve", partial(_read_lockfile, coordinator, job, settings, lockfile))
-    resolution = _ask_leaders(coordinator, job, LeaderResolver(coordinator, job, settings))
+    resolution = _ask_leaders(coordinator, job, LeaderResolver(coordinator, job, settings, access))
     for fallback in resolution.fallbacks if coordinator.rank == 0 else ():
         source = fallback.listing.pinned.source
         logger.warning(
@@ -132,8 +139,8 @@ def _join(answers: Mapping[int, LeaderAnswer], first: LeaderAnswer | None = None
 class LeaderResolver:
     """One leader's part of the phase."""
 
-    def __init__(self, coordinator: Coordinator, job: JobRequest, settings: Settings) -> None:
-        self._coordinator, self._job, self._settings = coordinator, job, settings
+    def __init__(self, coordinator: Coordinator, job: JobRequest, settings: Settings, access: OriginAccess) -> None:
+        self._coordinator, self._job, self._settings, self._access = coordinator, job, settings, access
         self._several = len(job.leaders) > 1
         self._patience = min(settings.connect_timeout, _PATIENCE if self._several else _PATIENCE + _NEXT_PATIENCE)
         self._next_patience = min(settings.connect_timeout, _NEXT_PATIENCE)
@@ -185,14 +192,15 @@ class LeaderResolver:
         listings = KnownListings(partial(_read_listings, caches), known)
         if not self._settings.offline_fallback:
             rules = replace(rules, use_known_branches=False)
-        return KnownCommits(listings, partial(_read_cached, caches), rules, self._coordinator.check)
+        read_cached, create = partial(_read_cached, caches), self._access.create_origin
+        return KnownCommits(listings, read_cached, rules, self._coordinator.check, create)
 
     def _pin(self, hub: KnownCommits, *, other_ranks_can_ask: bool = False) -> Resolution:
         requests, settings = self._job.requests, self._settings
         origins: Callable[[str, Settings], Origin] = hub.origins
-        if is_offline():
-            folders = [*(cache.hub for cache in _caches(settings)), user_hub_cache()]
-            origins = HubCacheOrigin.replacing_the_hub(folders)
+        if reason := self._access.offline_reason:
+            folders = [*(cache.hub for cache in _caches(settings)), self._access.user_cache]
+            origins = HubCacheOrigin.replacing_the_hub(folders, reason, self._access.create_origin)
         with _advice(hub):
             resolution = pin_sources(
                 requests, settings, self._coordinator, origins, other_ranks_can_ask=other_ranks_can_ask
