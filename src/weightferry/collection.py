@@ -10,6 +10,7 @@ from typing import Any
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import BadRequest
 from weightferry.fetching import FetchConfig, LocalStrategy, is_local_strategy
+from weightferry.origins.access import DEFAULT_ACCESS, OriginAccess
 from weightferry.phases.job_request import RankRequest
 from weightferry.phases.reuse import Wanted, find_reusable
 from weightferry.settings import Settings
@@ -104,7 +105,13 @@ class Collection:
         """
         same = find_reusable(coordinator, self._find_existing, settings)
         reused = {name: self._link(name) for name, request in self._requests.items() if (name, request) in same}
-        collected = collect(lambda: self._rank_request(reused), coordinator, settings, lockfile=lockfile)
+        collected = collect(
+            lambda: self._rank_request(reused),
+            coordinator,
+            settings,
+            lockfile=lockfile,
+            access=_origin_access(self._arguments.fetch_config),
+        )
         paths = {name: reused.get(name) or collected.paths[name] for name in self._requests}
         return replace(collected, paths=paths)
 
@@ -163,6 +170,13 @@ class Collection:
                     subject=name,
                 )
         return RankRequest(requests, self._collect_in, PARAMFILE_EXT, copy)
+
+
+def _origin_access(config: FetchConfig | None) -> OriginAccess:
+    if config is None:
+        return DEFAULT_ACCESS
+    cache = config.huggingface_cache_dir
+    return OriginAccess(config.allow_network, config.token, None if cache is None else Path(cache).expanduser())
 
 
 def _is_folder(text: str) -> bool:

@@ -222,7 +222,7 @@ class Pretrainer:
         guard = main_process_guard(caller_of_package())
         if guard and has_other_ranks():
             return self._defer(make_arguments, guard, group)
-        self._single_process, self._group = internal_ddp_handling is False, group
+        self._deferred, self._single_process, self._group = None, internal_ddp_handling is False, group
         settings = self._effective_settings()
         with process_group_coordinator(settings, "collect", group=group, alone=self._single_process) as coordinator:
             return self._collect(make_arguments, coordinator, settings)

@@ -14,6 +14,7 @@ from weightferry.cluster.connect import process_group_coordinator
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.errors import BadRequest
 from weightferry.manifest import Manifest
+from weightferry.origins.access import DEFAULT_ACCESS, OriginAccess
 from weightferry.phases.agree import agree, prepare_request
 from weightferry.phases.domain_state import open_domain
 from weightferry.phases.job_request import RankRequest
@@ -110,6 +111,7 @@ def collect(
     settings: Settings,
     *,
     lockfile: Path | None = None,
+    access: OriginAccess = DEFAULT_ACCESS,
 ) -> Collected:
     """Run the seven phases of one operation; collective.
 
@@ -123,6 +125,8 @@ def collect(
         Limits, and the cache folder of this rank.
     lockfile
         Read the manifest from this file, on rank 0, and ask no origin.
+    access
+        How this rank uses origins.
 
     Raises
     ------
@@ -131,9 +135,10 @@ def collect(
     """
     began, layout = time.monotonic(), CacheLayout(settings.cache_dir)
     rank_request, job = agree(coordinator, partial(prepare_request, make_request, layout, settings), settings)
-    resolution = resolve(coordinator, job, settings, lockfile)
+    resolution = resolve(coordinator, job, settings, lockfile, access)
     manifest = resolution.manifest
-    with open_domain(coordinator, job, manifest, settings, origin_reachable=resolution.origin_answered) as state:
+    reachable = resolution.origin_answered
+    with open_domain(coordinator, job, manifest, settings, origin_reachable=reachable, access=access) as state:
         suspects: Collection[int] = ()
         for attempt in range(1, ATTEMPTS + 1):
             surveys = survey(coordinator, state, suspects)

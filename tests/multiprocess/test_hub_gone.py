@@ -258,11 +258,13 @@ class TestTheHubIsGone:
         staged.hub.close()
         warned_once(right(stage(staged, revision=revision), files), commit, revision)
 
-    @pytest.mark.parametrize("node", [0, 1])
-    def test_a_node_without_anything_gets_it_from_the_other(self, staged: Nodes, node: int) -> None:
-        staged.hub.close()
+    @pytest.mark.parametrize(("node", "break_hub"), [(0, refused), (1, refused), (0, failing)])
+    def test_a_node_without_anything_gets_it_from_the_other(
+        self, staged: Nodes, node: int, break_hub: Callable[[Nodes], None]
+    ) -> None:
+        break_hub(staged)
         shutil.rmtree(staged.cache(node))
-        warned_once(right(stage(staged)), staged.hub.commit("org/model"))
+        warned_once(stage_twice(staged), staged.hub.commit("org/model"))
         check_cache(staged.cache(node))
 
     def test_one_node(self, staged: Nodes) -> None:

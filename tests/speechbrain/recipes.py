@@ -16,6 +16,7 @@ from speechbrain.utils.distributed import if_main_process, main_process_only, ru
 import weightferry
 from tests.multiprocess.jobs import rank
 from weightferry import Pretrainer
+from weightferry.cluster import barrier
 
 
 def collect_on_main(pretrainer: Pretrainer, arguments: list[Any] | None = None) -> Any:
@@ -128,3 +129,16 @@ def interface(source: str, savedir: Path | None, prepare: Callable[[str, Path], 
 def stage_to(source: str, folder: Path) -> None:
     """Bring all files of the source into the folder of this node."""
     weightferry.stage(source, to=folder)
+
+
+def recipe_and_store(collect: Callable[[Pretrainer], Any], collect_in: Path) -> tuple[list[Any], list[bytes]]:
+    """Collect and load; the values, and all that this rank wrote to the job's store."""
+    written, put = [], vars(barrier)["put"]
+
+    def record(store: Any, key: str, value: bytes) -> None:
+        written.append(value)
+        put(store, key, value)
+
+    vars(barrier)["put"] = record
+    _, values, _ = recipe(collect, collect_in)
+    return values, written

@@ -127,6 +127,18 @@ def test_a_group_needs_every_rank(nodes: Nodes) -> None:
     failed_alike(gots, BadRequest, "agree", {0}, "collect_files(group=...) was called inside SpeechBrain's run_on_main")
 
 
+def test_a_token_of_the_main_process_stays_there(nodes: Nodes, model: bytes) -> None:
+    token = "planted-token-without-a-prefix"
+    nodes.hub.add_repo("org/model", {"model.ckpt": model}, private=True, allowed_tokens=[token])
+    config = fetching.FetchConfig(token=token)
+    arguments = ["org/model", fetching.LocalStrategy.SYMLINK, config]
+    by_rank = nodes.run(recipes.recipe_and_store, partial(recipes.collect_on_main, arguments=arguments), nodes.place)
+    assert [numbers for numbers, _ in by_rank] == [STATE["weight"].tolist()] * 4
+    assert not any(token.encode() in value for _, written in by_rank for value in written)
+    assert all(written for _, written in by_rank)
+    assert nodes.hub.content_bytes() == len(model)
+
+
 def test_one_process_collects_at_once(nodes: Nodes, model: bytes) -> None:
     nodes.by_rank[0] |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     ((returned, numbers, pretrainer),) = nodes.run(

@@ -1,7 +1,4 @@
-"""weightferry's Pretrainer and SpeechBrain's on thirty generated set-ups: the same files, values and errors.
-
-Skipped if SpeechBrain cannot be imported: it needs more packages, such as torchaudio.
-"""
+"""weightferry's Pretrainer and SpeechBrain's on thirty generated set-ups: the same files, values and errors."""
 
 from __future__ import annotations
 
@@ -9,21 +6,16 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from speechbrain.utils import checkpoints
+from speechbrain.utils.parameter_transfer import Pretrainer as SpeechBrainPretrainer
 from torch import nn
 
 import weightferry
-
-try:
-    checkpoints: Any = import_module("speechbrain.utils.checkpoints")
-    SpeechBrainPretrainer: Any = import_module("speechbrain.utils.parameter_transfer").Pretrainer
-except Exception as error:  # noqa: BLE001 -- its imports fail in many ways
-    pytest.skip(f"SpeechBrain cannot be imported here: {type(error).__name__}: {error}", allow_module_level=True)
 
 
 @checkpoints.register_checkpoint_hooks

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from weightferry.cluster.call_site import CallSite, caller_of_package, find_call_site
+from weightferry.cluster.call_site import CallSite, caller_of_package, find_call_site, main_process_guard
 
 CALL = "call()"
 
@@ -104,3 +104,67 @@ def test_a_call_without_a_file() -> None:
     exec("if rank == 0:\n    site = get()", {**namespace, "rank": 0}, namespace)
     assert namespace["site"].guard == ""
     assert find_call_site("stage", None) == CallSite("stage")
+
+
+class TestMainProcessGuard:
+    """Where only the main process is, in code that has imported SpeechBrain."""
+
+    IF_MAIN = "`if if_main_process():`"
+
+    @pytest.fixture
+    def guard(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+        """Run a script of the user's that imports SpeechBrain, and return the guard around the call in it."""
+        distributed: Any = types.ModuleType("speechbrain.utils.distributed")
+        distributed.MAIN_PROC_ONLY = distributed.NODE_ONCE_ONLY = 0
+        distributed.if_main_process = lambda: True
+        monkeypatch.setitem(sys.modules, distributed.__name__, distributed)
+        self.distributed = distributed
+
+        def run(text: str) -> str:
+            file, found = tmp_path / "train.py", list[str]()
+            file.write_text(text)
+            names = {"sb": distributed, "yes": True, "if_main_process": distributed.if_main_process}
+            call = lambda: found.append(main_process_guard(caller_of_package(sys._getframe(1))))  # noqa: E731
+            exec(compile(text, str(file), "exec"), {"__name__": "__main__", "call": call, **names})
+            return found[0]
+
+        return run
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "if if_main_process():\n    call()",
+            "if sb.if_main_process():\n    call()",
+            "if yes and if_main_process():\n    call()",
+            "if if_main_process():\n    for _ in (1,):\n        call()",
+            "def collect():\n    call()\ndef main():\n    if sb.if_main_process():\n        collect()\nmain()",
+            "main = if_main_process\ndef run(if_main_process):\n    if if_main_process():\n        call()\nrun(main)",
+        ],
+    )
+    def test_an_if_around_the_call(self, guard: Callable[[str], str], text: str) -> None:
+        assert guard(text) == self.IF_MAIN
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "call()",
+            "if if_main_process():\n    pass\ncall()",
+            "if not if_main_process():\n    pass\nelse:\n    call()",
+            "if yes or if_main_process():\n    call()",
+            "if if_main_process:\n    call()",
+            "if yes:\n    call()\nif_main_process()",
+        ],
+    )
+    def test_no_such_if_around_the_call(self, guard: Callable[[str], str], text: str) -> None:
+        assert guard(text) == ""
+
+    def test_the_counters_of_speechbrain(self, guard: Callable[[str], str]) -> None:
+        for counter, name in (("MAIN_PROC_ONLY", "run_on_main"), ("NODE_ONCE_ONLY", "run_once_per_node")):
+            assert guard("call()") == ""
+            setattr(self.distributed, counter, 1)
+            assert guard("call()") == f"SpeechBrain's {name}"
+            setattr(self.distributed, counter, 0)
+
+    def test_without_speechbrain(self, guard: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "speechbrain.utils.distributed")
+        assert guard("if if_main_process():\n    call()") == ""

@@ -16,6 +16,7 @@ import pytest
 from weightferry import BadRequest, FetchConfig, FetchFrom, FetchSource, LocalStrategy, Pretrainer, SourceNotFound
 from weightferry.collection import CollectArguments
 from weightferry.errors import CollectError
+from weightferry.origins.access import OriginAccess
 from weightferry.sources import SourceRequest, parse_source
 
 
@@ -97,6 +98,7 @@ class TestTheirObjects:
 
     def test_a_token_is_not_shown(self) -> None:
         assert "secret" not in repr(FetchConfig(token="secret"))
+        assert "secret" not in repr(OriginAccess(token="secret"))
 
 
 class TestArguments:

@@ -165,7 +165,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("error", FAILURES, ids=str)
     def test_another_rank_may_ask(self, case: Case, error: TransientOriginError) -> None:
-        case.rules = replace(case.rules, fall_back=False)
+        case.rules = replace(case.rules, others_may_answer=True)
         case.hub.answer = failing(error)
         commits = case.commits()
         with pytest.raises(Unreachable, match=str(error)):
@@ -178,6 +178,18 @@ class TestFailures:
         commits, _ = case.resolve()
         assert case.hub.made == 0
         assert commits.fallbacks[0].reason == "packets vanish"
+
+    @pytest.mark.parametrize("error", FAILURES, ids=str)
+    def test_what_no_cache_knows_is_not_retried_where_another_rank_may_ask(
+        self, case: Case, error: TransientOriginError
+    ) -> None:
+        case.hub.faults.append(Fault(on="resolve", times=None, error=error))
+        for others_may_answer, kind in ((True, Unreachable), (False, type(error))):
+            case.rules = replace(case.rules, others_may_answer=others_may_answer)
+            commits = case.commits()
+            with pytest.raises(kind, match=str(error)):
+                commits.origins("hf", case.settings).resolve(hub_source("new"), [""])
+            assert commits.failure is error
 
     @pytest.mark.parametrize("error", [AccessDenied("401"), SourceNotFound("404"), RateLimited("429")], ids=str)
     def test_what_the_hub_says_counts(self, case: Case, error: Exception) -> None:

@@ -16,7 +16,7 @@ from weightferry.hashing import Checksum
 from weightferry.manifest import File, PinnedSource
 from weightferry.origins.base import Unreachable, path_outside_source, select_below
 from weightferry.origins.hub_cache import is_offline
-from weightferry.origins.hub_content import HubContent, content_url, headers
+from weightferry.origins.hub_content import HubContent, content_url, find_token, headers
 from weightferry.origins.hub_errors import access_denied, hub_errors
 from weightferry.origins.range_request import RangeRequest, translate_http_errors
 from weightferry.origins.transport import timeouts
@@ -29,19 +29,28 @@ class HubOrigin:
 
     Metadata costs one request for each repository: `repo_info` with file metadata returns the commit, and the size and
     checksum of every file. Only the rank that resolves sends it.
+
+    Parameters
+    ----------
+    settings
+        Timeouts.
+    token
+        As in `weightferry.FetchConfig`.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._timeouts = timeouts(settings)
+    def __init__(self, settings: Settings, token: bool | str | None = None) -> None:
+        self._timeouts, self._token = timeouts(settings), token
         self._read_timeout = settings.read_timeout
-        self._api = HfApi(library_name="weightferry", library_version=__version__)
-        self._content = HubContent(settings)
+        # False: without a token. None would be a token of this rank.
+        secret = None if token is None else find_token(token) or False
+        self._api = HfApi(token=secret, library_name="weightferry", library_version=__version__)
+        self._content = HubContent(settings, token)
         get_session()  # takes a good part of a second, which must not count as time of the first request
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         subject = str(source)
-        with translate_http_errors(subject), hub_errors(source, subject):
+        with translate_http_errors(subject), hub_errors(source, subject, self._token):
             info: Any = self._api.repo_info(
                 source.root,
                 revision=source.revision,
@@ -68,7 +77,7 @@ class HubOrigin:
         SourceNotFound, AccessDenied, OriginError
         """
         subject, only_the_commit = str(source), dict[str, Any](expand=["sha"])
-        with translate_http_errors(subject), hub_errors(source, subject):
+        with translate_http_errors(subject), hub_errors(source, subject, self._token):
             info: Any = self._api.repo_info(
                 source.root, revision=source.revision, repo_type=source.repo_type, timeout=timeout, **only_the_commit
             )
@@ -94,10 +103,10 @@ class HubOrigin:
         if is_offline():
             raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
-        options = {"headers": headers(token=True), "follow_redirects": False, "timeout": self._timeouts}
+        options = {"headers": headers(self._token), "follow_redirects": False, "timeout": self._timeouts}
         with (
             translate_http_errors(subject),
-            hub_errors(source, subject),
+            hub_errors(source, subject, self._token),
             get_session().stream("GET", url, **options) as response,
         ):
             if response.status_code < 400:
@@ -110,7 +119,7 @@ class HubOrigin:
             except RepositoryNotFoundError as error:
                 # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
                 if response.status_code == 401:
-                    raise access_denied(error, subject) from None
+                    raise access_denied(error, subject, token=self._token) from None
                 raise
 
     def close(self) -> None:

@@ -21,6 +21,9 @@ from weightferry.origins.registry import origin_for
 from weightferry.settings import Settings
 from weightferry.sources import Source, safe_path
 
+HF_HUB_OFFLINE = "HF_HUB_OFFLINE is set"
+"""The usual reason not to ask the Hub, for errors."""
+
 _DEFAULT_REVISION = "main"  # as in huggingface_hub
 
 
@@ -52,17 +55,24 @@ class HubCacheOrigin:
     ----------
     folders
         The cache folders, in the order in which they are searched.
+    reason
+        Why the Hub is not asked, for errors.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[Path], reason: str = HF_HUB_OFFLINE) -> None:
+        self._folders, self._reason = folders, reason
 
     @classmethod
-    def replacing_the_hub(cls, folders: Sequence[Path]) -> Callable[[str, Settings], Origin]:
-        """Return a factory of origins that uses `folders` instead of the Hub, and `origin_for` for other schemes."""
+    def replacing_the_hub(
+        cls,
+        folders: Sequence[Path],
+        reason: str = HF_HUB_OFFLINE,
+        create_other: Callable[[str, Settings], Origin] = origin_for,
+    ) -> Callable[[str, Settings], Origin]:
+        """Return a factory of origins that uses `folders` instead of the Hub, and `create_other` for other schemes."""
 
         def create(scheme: str, settings: Settings) -> Origin:
-            return cls(folders) if scheme == "hf" else origin_for(scheme, settings)
+            return cls(folders, reason) if scheme == "hf" else create_other(scheme, settings)
 
         return create
 
@@ -82,10 +92,10 @@ class HubCacheOrigin:
                 return PinnedSource(source, commit, cached)
             without_content = ", ".join(name for name, file in requested.items() if file is None)
             raise OriginUnreachable(
-                f"HF_HUB_OFFLINE is set, and the cache lacks the content of {without_content}", subject=str(source)
+                f"{self._reason}, and the cache lacks the content of {without_content}", subject=str(source)
             )
         missing = self._describe_missing(source, revision, paths, list(files))
-        raise OriginUnreachable(f"HF_HUB_OFFLINE is set, and {missing}")
+        raise OriginUnreachable(f"{self._reason}, and {missing}")
 
     def _describe_missing(self, source: Source, revision: str, paths: Sequence[str], names: list[str]) -> str:
         folders = ", ".join(map(str, self._folders))
@@ -112,7 +122,7 @@ class HubCacheOrigin:
 
     def check_access(self, source: Source) -> None:
         """See `Origin.check_access`. It always fails: the survey has already found the files in these caches."""
-        raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=str(source))
+        raise Unreachable(f"{self._reason}, so no request is sent to the Hub", subject=str(source))
 
     def close(self) -> None:
         """See `Origin.close`."""

@@ -36,9 +36,15 @@ class HubContent:
     For a large file, a process sends one request to the Hub for each signed URL, regardless of the number of ranges.
     The ranges are read from the signed URL until the CDN refuses it or it expires, or through Xet. The token is sent
     only to the Hub.
+
+    Parameters
+    ----------
+    token
+        As in `weightferry.FetchConfig`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, token: bool | str | None = None) -> None:
+        self._token = token
         self._options = {"timeout": timeouts(settings)}
         self._client = new_client(settings)
         self._use_own_client = True
@@ -77,7 +83,7 @@ class HubContent:
         """Read through Xet; if that fails, read the rest from the signed URL, and do not use Xet again."""
         position, stop = request.start, file.size if request.stop is None else min(request.stop, file.size)
         try:
-            for chunk in self._xet.read(file, position, stop, headers(token=True)):
+            for chunk in self._xet.read(file, position, stop, headers(self._token)):
                 position += len(chunk)
                 yield chunk
         except TransientOriginError as error:
@@ -99,8 +105,10 @@ class HubContent:
         return stack.enter_context(self._from_signed_url(source, location, request))
 
     def _from_hub(self, source: Source, request: RangeRequest) -> Any:
-        session = CheckedSession(get_session(), source, request.subject)
-        return get_range(session, replace(request, headers=headers(token=True)), follow_redirects=True, **self._options)
+        session = CheckedSession(get_session(), source, request.subject, self._token)
+        return get_range(
+            session, replace(request, headers=headers(self._token)), follow_redirects=True, **self._options
+        )
 
     @contextmanager
     def _from_signed_url(self, source: Source, location: SignedUrl, request: RangeRequest) -> Iterator[Any]:
@@ -108,7 +116,7 @@ class HubContent:
             with self._from_hub(source, request) as response:
                 yield response
             return
-        request = replace(request, url=location.url, headers=headers(token=False))
+        request = replace(request, url=location.url, headers=headers(False))
         with ExitStack() as stack:
             yield self._open_with_fallback(stack, request)
 
@@ -130,8 +138,8 @@ class HubContent:
         Redirects within the Hub, such as to a renamed repository, are followed. The request is a GET, as for any reader
         of the content, but for a single byte, in case the Hub sends the content itself.
         """
-        url, sent_headers = request.url, {**headers(token=True), **IDENTITY, "Range": "bytes=0-0"}
-        session = CheckedSession(get_session(), source, request.subject)
+        url, sent_headers = request.url, {**headers(self._token), **IDENTITY, "Range": "bytes=0-0"}
+        session = CheckedSession(get_session(), source, request.subject, self._token)
         for _ in range(_MAX_REDIRECTS):
             with (
                 translate_http_errors(request.subject),
@@ -154,11 +162,20 @@ def content_url(source: Source, revision: str, path: str) -> str:
     return hf_hub_url(source.root, path, repo_type=source.repo_type, revision=quote(revision, safe=""))
 
 
-def headers(*, token: bool) -> dict[str, str]:
-    """Return the headers of a request; with `token`, those for the Hub, with the token of this rank if it has one."""
+def find_token(token: bool | str | None) -> str | None:
+    """Return the token to send to the Hub; None for no token. `token` is as in `weightferry.FetchConfig`."""
+    if isinstance(token, str):
+        return token
+    if token is None:
+        token = not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    return get_token() if token else None
+
+
+def headers(token: bool | str | None) -> dict[str, str]:
+    """Return the headers of a request; `token` is as in `weightferry.FetchConfig`."""
     # This does not use huggingface_hub's build_hf_headers: in 2.x it may first send its own request to the Hub, and
     # every leader of a job would do so. The rule when a token is sent is the same.
-    secret = get_token() if token and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else None
+    secret = find_token(token)
     return {"User-Agent": f"weightferry/{__version__}", **({"Authorization": f"Bearer {secret}"} if secret else {})}
 
 

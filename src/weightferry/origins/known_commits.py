@@ -50,16 +50,16 @@ class LookupRules:
         Seconds for the Hub to say at which commit a branch is, if a cache knows one.
     use_known_branches : bool
         Whether a branch may be at the commit that a cache knows. False: the Hub is asked as if no cache knew it.
-    fall_back : bool
-        Whether that commit is used when the Hub gives no answer. False: `Unreachable` is raised at once, since another
-        rank may get an answer.
+    others_may_answer : bool
+        Whether another rank may get an answer, or know more. Then the first failure of the Hub raises `Unreachable`,
+        so that this rank does not retry. False: without an answer the commit that a cache knows is used.
     hub_failure : str
         Why the Hub gives no answer, if the job knows that already: then it is not asked about a known branch.
     """
 
     patience: float
     use_known_branches: bool = True
-    fall_back: bool = True
+    others_may_answer: bool = False
     hub_failure: str = ""
 
 
@@ -186,8 +186,15 @@ class _KnownHub:
         return known if known is not None and known.paths == tuple(paths) else None
 
     def _ask(self, source: Source, paths: Sequence[str]) -> PinnedSource:
-        with self._commits.noting_failure(source, paths):
-            pinned = self._hub.resolve(source, paths)
+        try:
+            with self._commits.noting_failure(source, paths):
+                pinned = self._hub.resolve(source, paths)
+        except RateLimited:
+            raise
+        except TransientOriginError as error:
+            if self._commits.rules.others_may_answer:
+                raise Unreachable(str(error), subject=str(source)) from error
+            raise
         moment = 0.0 if is_commit_id(source.revision) else time.time()
         self._commits.listings.append(Listing(pinned, tuple(paths), moment))
         return pinned
@@ -203,7 +210,7 @@ class _KnownHub:
         except RateLimited:
             raise
         except TransientOriginError as error:
-            if not rules.fall_back:
+            if rules.others_may_answer:
                 raise Unreachable(str(error), subject=str(source)) from error
             return self._fall_back(known, str(error))
         listing = self._find(replace(source, revision=commit), paths)

@@ -14,7 +14,8 @@ from weightferry.cache.locks import FileLocks, LockTimeouts
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.cluster.coordinator import Coordinator
 from weightferry.manifest import File, Manifest, PinnedSource
-from weightferry.origins.hub_cache import cached_blob, is_offline, user_hub_cache
+from weightferry.origins.access import DEFAULT_ACCESS, OriginAccess
+from weightferry.origins.hub_cache import cached_blob
 from weightferry.phases.job_request import JobRequest
 from weightferry.report.progress import show_progress
 from weightferry.settings import Settings
@@ -55,6 +56,8 @@ class DomainState:
         All transfers together.
     tier_paths : mapping of Path to Path
         By the path that content would have in the cache, its path in a read-only tier.
+    access : OriginAccess
+        How this rank uses origins.
     """
 
     job: JobRequest
@@ -69,6 +72,7 @@ class DomainState:
     already_there: Mapping[int, str] = field(default_factory=dict)
     transferred: TransferResult = field(default_factory=TransferResult)
     tier_paths: Mapping[Path, Path] = field(default_factory=dict)
+    access: OriginAccess = DEFAULT_ACCESS
 
     @property
     def hosts(self) -> dict[int, str]:
@@ -82,7 +86,13 @@ class DomainState:
 
 @contextlib.contextmanager
 def open_domain(
-    coordinator: Coordinator, job: JobRequest, manifest: Manifest, settings: Settings, *, origin_reachable: bool
+    coordinator: Coordinator,
+    job: JobRequest,
+    manifest: Manifest,
+    settings: Settings,
+    *,
+    origin_reachable: bool,
+    access: OriginAccess = DEFAULT_ACCESS,
 ) -> Iterator[DomainState]:
     """Open the cache of this rank's domain; its locks are released when the context ends.
 
@@ -96,10 +106,12 @@ def open_domain(
     layout = CacheLayout(settings.cache_dir)
     tiers = [CacheLayout(tier) for tier in job.tiers.get(coordinator.rank, ())]
     locks = _locks(coordinator, job, layout, settings)
-    surveyor = CacheSurveyor(layout, manifest, locks, tiers, _user_cache(layout))
-    probe_origins = not origin_reachable or is_offline() or len(job.leaders) > 1
+    surveyor = CacheSurveyor(layout, manifest, locks, tiers, _user_cache(layout, access.user_cache))
+    probe_origins = not origin_reachable or bool(access.offline_reason) or len(job.leaders) > 1
     role = job.role(coordinator.rank)
-    state = DomainState(job, manifest, surveyor, settings, role, probe_origins, peers_first=not origin_reachable)
+    state = DomainState(
+        job, manifest, surveyor, settings, role, probe_origins, peers_first=not origin_reachable, access=access
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(surveyor.release)
         if coordinator.rank == 0:
@@ -121,9 +133,8 @@ def _locks(coordinator: Coordinator, job: JobRequest, layout: CacheLayout, setti
     return FileLocks(timeouts, coordinator.check, support)
 
 
-def _user_cache(layout: CacheLayout) -> Callable[[PinnedSource, File], Path | None]:
+def _user_cache(layout: CacheLayout, folder: Path) -> Callable[[PinnedSource, File], Path | None]:
     """Return a function from a file to its path in the user's Hugging Face cache; None if this cache is that cache."""
-    folder = user_hub_cache()
     is_own = folder.resolve() == layout.hub.resolve()
 
     def path(pinned: PinnedSource, file: File) -> Path | None:

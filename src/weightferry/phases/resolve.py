@@ -18,10 +18,11 @@ from weightferry.cache.layout import CacheLayout
 from weightferry.cache.manifests import read_listings
 from weightferry.cache.survey import is_complete, known_sha256
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.errors import CollectError, OriginError, OriginUnreachable, Stalled
+from weightferry.errors import OriginError, OriginUnreachable, Stalled
 from weightferry.manifest import File, Manifest, PinnedSource
+from weightferry.origins.access import DEFAULT_ACCESS, OriginAccess
 from weightferry.origins.base import Origin, Unreachable
-from weightferry.origins.hub_cache import HubCacheOrigin, is_offline, user_hub_cache
+from weightferry.origins.hub_cache import HubCacheOrigin
 from weightferry.origins.known_commits import KnownCommits, LookupRules, staged_on
 from weightferry.origins.listing import KnownListings, Listing
 from weightferry.origins.lockfile import Lockfile
@@ -40,7 +41,13 @@ _MAX_UNREQUESTED = 2000
 """Files of a listing that the ranks get although no rank wants them. A data set may have 100,000."""
 
 
-def resolve(coordinator: Coordinator, job: JobRequest, settings: Settings, lockfile: Path | None) -> Resolution:
+def resolve(
+    coordinator: Coordinator,
+    job: JobRequest,
+    settings: Settings,
+    lockfile: Path | None,
+    access: OriginAccess = DEFAULT_ACCESS,
+) -> Resolution:
     """Return the manifest of all that the ranks want, the same on every rank; collective.
 
     Parameters
@@ -55,7 +62,7 @@ def resolve(coordinator: Coordinator, job: JobRequest, settings: Settings, lockf
     """
     if lockfile is not None:
         return coordinator.run_on_rank0("resolve", partial(_read_lockfile, coordinator, job, settings, lockfile))
-    resolution = _ask_leaders(coordinator, job, LeaderResolver(coordinator, job, settings))
+    resolution = _ask_leaders(coordinator, job, LeaderResolver(coordinator, job, settings, access))
     for fallback in resolution.fallbacks if coordinator.rank == 0 else ():
         source = fallback.listing.pinned.source
         logger.warning(
@@ -132,28 +139,25 @@ def _join(answers: Mapping[int, LeaderAnswer], first: LeaderAnswer | None = None
 class LeaderResolver:
     """One leader's part of the phase."""
 
-    def __init__(self, coordinator: Coordinator, job: JobRequest, settings: Settings) -> None:
-        self._coordinator, self._job, self._settings = coordinator, job, settings
+    def __init__(self, coordinator: Coordinator, job: JobRequest, settings: Settings, access: OriginAccess) -> None:
+        self._coordinator, self._job, self._settings, self._access = coordinator, job, settings, access
         self._several = len(job.leaders) > 1
         self._patience = min(settings.connect_timeout, _PATIENCE if self._several else _PATIENCE + _NEXT_PATIENCE)
         self._next_patience = min(settings.connect_timeout, _NEXT_PATIENCE)
-        self._error: CollectError | None = None
 
     def ask_first(self) -> LeaderAnswer:
         """Ask on rank 0. Without an answer raise, unless there are other leaders."""
-        hub = self._hub(LookupRules(self._patience, fall_back=not self._several))
+        hub = self._hub(LookupRules(self._patience, others_may_answer=self._several))
         try:
             return LeaderAnswer(self._pin(hub, other_ranks_can_ask=self._several))
-        except (OriginError, Stalled) as error:
-            unreachable = isinstance(error, OriginUnreachable)
-            if not self._several or not (unreachable or hub.failure):
+        except OriginUnreachable:
+            if not self._several:
                 raise
-            self._error = None if unreachable else error
             return self._no_answer(hub)
 
     def ask_next(self, first: LeaderAnswer) -> LeaderAnswer:
         """Ask on another leader, after rank 0 got no answer."""
-        hub = self._hub(LookupRules(self._next_patience, fall_back=False), first.known)
+        hub = self._hub(LookupRules(self._next_patience, others_may_answer=True), first.known)
         if first.others_can_ask:
             with contextlib.suppress(OriginUnreachable):
                 return LeaderAnswer(self._pin(hub, other_ranks_can_ask=True))
@@ -161,15 +165,14 @@ class LeaderResolver:
 
     def fall_back(self, answer: LeaderAnswer) -> LeaderAnswer:
         """Resolve from what the caches of all leaders know; no answer if an index of shards is in no cache here."""
-        hub = self._hub(LookupRules(self._next_patience, hub_failure=answer.hub_failure), answer.known)
+        rules = LookupRules(self._next_patience, others_may_answer=True, hub_failure=answer.hub_failure)
+        hub = self._hub(rules, answer.known)
         with contextlib.suppress(OriginError, Stalled):
             return LeaderAnswer(self._pin(hub, other_ranks_can_ask=True))
         return LeaderAnswer(None)
 
     def ask_with_retries(self, answer: LeaderAnswer) -> Resolution:
-        """Ask on rank 0 for the last time, and raise if there is no answer."""
-        if self._error:
-            raise self._error
+        """Ask on rank 0 as often as the settings say, and raise if there is no answer."""
         rules = LookupRules(self._next_patience, answer.fallback_allowed, hub_failure=answer.hub_failure)
         return self._pin(self._hub(rules, answer.known))
 
@@ -189,14 +192,15 @@ class LeaderResolver:
         listings = KnownListings(partial(_read_listings, caches), known)
         if not self._settings.offline_fallback:
             rules = replace(rules, use_known_branches=False)
-        return KnownCommits(listings, partial(_read_cached, caches), rules, self._coordinator.check)
+        read_cached, create = partial(_read_cached, caches), self._access.create_origin
+        return KnownCommits(listings, read_cached, rules, self._coordinator.check, create)
 
     def _pin(self, hub: KnownCommits, *, other_ranks_can_ask: bool = False) -> Resolution:
         requests, settings = self._job.requests, self._settings
         origins: Callable[[str, Settings], Origin] = hub.origins
-        if is_offline():
-            folders = [*(cache.hub for cache in _caches(settings)), user_hub_cache()]
-            origins = HubCacheOrigin.replacing_the_hub(folders)
+        if reason := self._access.offline_reason:
+            folders = [*(cache.hub for cache in _caches(settings)), self._access.user_cache]
+            origins = HubCacheOrigin.replacing_the_hub(folders, reason, self._access.create_origin)
         with _advice(hub):
             resolution = pin_sources(
                 requests, settings, self._coordinator, origins, other_ranks_can_ask=other_ranks_can_ask

@@ -87,7 +87,7 @@ def _probe_origins(state: DomainState) -> dict[int, CollectError]:
         return {}
     local = {*state.complete, *state.in_user_cache}
     missing = [index for index in range(len(state.surveyor.files)) if index not in local]
-    return find_unreachable_sources(state.manifest, missing, state.settings)
+    return find_unreachable_sources(state.manifest, missing, state.settings, state.access.create_origin)
 
 
 def _lacked_by_all(state: DomainState, surveys: Mapping[int, DomainSurvey]) -> bool:

@@ -53,7 +53,8 @@ def _transfer_missing(
     coordinator: Coordinator, state: DomainState, make_plan: Callable[[], Plan], attempt: int
 ) -> TransferResult:
     task = TransferTask(make_plan(), state.missing(), state.hosts, attempt)
-    result = run_transfer(task, state.surveyor, state.settings, coordinator)
+    origins, user_cache = state.access.create_origin, state.access.user_cache
+    result = run_transfer(task, state.surveyor, state.settings, coordinator, origins, user_cache)
     state.transferred += result
     return result
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from weightferry.errors import CollectError, OriginUnreachable, error_context
@@ -39,6 +40,8 @@ class OriginReader:
         Runs the threads, one for each connection.
     origins
         Returns the origin of a scheme; called once for each scheme.
+    user_cache
+        The Hugging Face cache of the user. None: ``HF_HUB_CACHE``.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class OriginReader:
         settings: Settings,
         session: TransferSession,
         origins: Callable[[str, Settings], Origin],
+        user_cache: Path | None = None,
     ) -> None:
         self._piece_store, self._on_bytes, self._settings, self._session = piece_store, on_bytes, settings, session
-        self._origins, self._readers = origins, dict[str, RangeReader]()
+        self._origins, self._readers, self._user_cache = origins, dict[str, RangeReader](), user_cache
         self._pieces = deque[Piece]()
         self._user_cache_reader: RangeReader | None = None
 
@@ -63,7 +67,7 @@ class OriginReader:
             if scheme not in self._readers:
                 origin = self._origins(scheme, self._settings)
                 self._readers[scheme] = RangeReader(origin, self._settings, self._session, limiter)
-        folders = HubCacheOrigin([user_hub_cache()])
+        folders = HubCacheOrigin([self._user_cache or user_hub_cache()])
         self._user_cache_reader = RangeReader(folders, self._settings, _CopyMonitor(self._session), limiter)
         for _ in range(min(self._settings.connections, len(self._pieces))):
             self._session.start("read", self._run)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from weightferry.cache.survey import CacheSurveyor
 from weightferry.cluster.coordinator import Coordinator
@@ -65,6 +66,7 @@ def run_transfer(
     settings: Settings,
     coordinator: Coordinator,
     origins: Callable[[str, Settings], Origin] = origin_for,
+    user_cache: Path | None = None,
 ) -> TransferResult:
     """Do this leader's part of the plan.
 
@@ -72,6 +74,10 @@ def run_transfer(
     ----------
     surveyor
         Of this domain's cache; holds the locks of the missing files.
+    origins
+        Creates the origin of a scheme.
+    user_cache
+        The Hugging Face cache of the user. None: ``HF_HUB_CACHE``.
 
     Raises
     ------
@@ -92,7 +98,7 @@ def run_transfer(
         coordinator.expect_bytes(plan.bytes_for(leader))
         piece_store.begin()
         relay_queue.update()
-        reader = OriginReader(piece_store, relay_queue.update, settings, session, origins)
+        reader = OriginReader(piece_store, relay_queue.update, settings, session, origins, user_cache)
         stack.callback(reader.close)
         reader.start(plan.reads[leader], plan.pieces)
         if plan.edges_of(leader):
