@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through the session and the token rules of huggingface_hub."""
+"""The Hugging Face Hub: metadata through huggingface_hub, content over our own connections."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from weightferry._version import __version__
 from weightferry.errors import OriginError, SourceNotFound
@@ -17,9 +15,9 @@ from weightferry.manifest import File, PinnedSource
 from weightferry.origins.base import Unreachable, is_below, path_outside_source, suggest_similar
 from weightferry.origins.hub_cache import is_offline
 from weightferry.origins.hub_content import HubContent, content_url, headers
-from weightferry.origins.hub_errors import access_denied, hub_errors
-from weightferry.origins.range_request import RangeRequest, translate_http_errors
-from weightferry.origins.transport import timeouts
+from weightferry.origins.hub_errors import NO_FILE, NO_REPOSITORY, NO_REVISION, Refusal, hub_errors
+from weightferry.origins.hub_session import HubClient, translate_library_errors
+from weightferry.origins.range_request import IDENTITY, RangeRequest
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -32,15 +30,15 @@ class HubOrigin:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._timeouts = timeouts(settings)
         self._read_timeout = settings.read_timeout
         self._api = HfApi(library_name="weightferry", library_version=__version__)
-        self._content = HubContent(settings)
+        self._client = HubClient(settings)
+        self._content = HubContent(settings, self._client)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         subject = str(source)
-        with translate_http_errors(subject), hub_errors(source, subject):
+        with translate_library_errors(subject), hub_errors(source, subject):
             info: Any = self._api.repo_info(
                 source.root,
                 revision=source.revision,
@@ -74,28 +72,23 @@ class HubOrigin:
         if is_offline():
             raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
-        options = {"headers": headers(token=True), "follow_redirects": False, "timeout": self._timeouts}
-        with (
-            translate_http_errors(subject),
-            hub_errors(source, subject),
-            get_session().stream("GET", url, **options) as response,
-        ):
-            if response.status_code < 400:
+        # One byte: a Hub that does not redirect would start to send the whole file.
+        sent = {**headers(token=True), **IDENTITY, "Range": "bytes=0-0"}
+        with self._client.stream("GET", url, headers=sent, subject=subject, follow_redirects=False) as response:
+            if response.status < 400 or response.status == 416:  # an empty file has no first byte
                 return
-            response.read()
-            try:
-                hf_raise_for_status(response)
-            except (EntryNotFoundError, RevisionNotFoundError):
-                return
-            except RepositoryNotFoundError as error:
-                # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
-                if response.status_code == 401:
-                    raise access_denied(error, subject) from None
-                raise
+            refusal = Refusal.of(response)
+        if refusal.code in (NO_FILE, NO_REVISION):
+            return
+        if refusal.code == NO_REPOSITORY and refusal.status == 401:
+            # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
+            raise refusal.access_denied(subject)
+        raise refusal.error(source, subject)
 
     def close(self) -> None:
         """See `Origin.close`."""
         self._content.close()
+        self._client.close()
 
 
 def _select_files(path: str, names: Sequence[str], subject: str) -> list[str]:
