@@ -4,9 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# The oldest releases that pyproject.toml allows of what shares the Hub's cache with us lie here, and go before those of
-# constraints.txt.
+# huggingface_hub sends requests with requests (0.x), httpx (1.x) or httpx2 (2.x, which constraints.txt pins). The oldest
+# releases that pyproject.toml allows of what talks to the Hub, or shares its cache with us, lie in OLDEST; the first 1.x
+# with `hf cache verify` lies in MIDDLE. They go before those of constraints.txt.
 OLDEST := $(VENV)/oldest
+MIDDLE := $(VENV)/middle
+HUB_TESTS := tests/contract/test_layout_hf.py tests/contract/test_hub_content.py tests/contract/test_hub_refusals.py
+
+# The oldest and the newest Python. PyPI has torch for them only with CUDA, several GB; so without torch.
+PYTHONS := 3.10 3.13
+NEED_TORCH := tests/unit/loading tests/unit/test_pretrainer.py
 
 # SpeechBrain lies here, with what its imports need and .venv may lack. In place of torchaudio, which cannot be imported
 # beside every torch, there is tests/speechbrain/stubs.
@@ -18,7 +25,8 @@ EXAMPLES := $(VENV)/examples
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
-.PHONY: demo docs test test-fast test-oldest test-speechbrain test-examples test-cluster soak soak-cache check lint types clean
+.PHONY: demo docs test test-fast test-oldest test-pythons test-speechbrain test-examples test-cluster soak soak-cache \
+    check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -37,14 +45,17 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
-# The tests that need no job of several ranks.
-test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
-
 # What huggingface_hub and we have to do with each other; `make test` runs it with the newest.
-test-oldest: $(OLDEST)/.done
-	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 \
-	    tests/contract/test_layout_hf.py tests/contract/test_together.py tests/contract/test_hub_content.py
+test-oldest: $(OLDEST)/.done $(MIDDLE)/.done
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 --dist worksteal $(HUB_TESTS) \
+	    tests/contract/test_origins.py tests/contract/test_together.py tests/unit/test_transport.py
+	PYTHONPATH="$(CURDIR)/$(MIDDLE)" $(BIN)/python -m pytest -n 2 --dist worksteal $(HUB_TESTS)
+
+test-pythons: $(PYTHONS:%=$(VENV)/python%/.done)
+	for version in $(PYTHONS); do \
+	    $(VENV)/python$$version/bin/python -m pytest -n 2 --dist worksteal tests/unit $(NEED_TORCH:%=--ignore %) \
+	        --deselect tests/unit/test_report.py::test_public_names_exist -k "not 4096" || exit 1; \
+	done
 
 # Our Pretrainer in code of SpeechBrain, and beside SpeechBrain's own class.
 test-speechbrain: $(SPEECHBRAIN)/.done
@@ -98,13 +109,28 @@ $(VENV)/.docs: $(VENV)/.test Makefile
 	rm $(VENV)/mermaid/mermaid-$(MERMAID).tgz
 	touch $@
 
-# huggingface_hub 1.x needs httpx, where 2.x needs httpx2; all else that it needs is in .venv already, typer for
-# transformers.
+# What else huggingface_hub needs is in .venv already: hf_xet, and typer for transformers.
 $(OLDEST)/.done: $(VENV)/.test Makefile
 	rm -rf $(OLDEST)
-	$(PIP) install --quiet --no-deps --target $(OLDEST) httpx==0.28.1 httpcore==1.0.9 certifi==2026.7.22 \
-	    $$(sed -nE 's/^ *"(huggingface_hub|filelock)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
-	test -d $(OLDEST)/huggingface_hub && test -d $(OLDEST)/filelock
+	$(PIP) install --quiet --no-deps --target $(OLDEST) \
+	    $$(sed -nE 's/^ *"(huggingface_hub|filelock|urllib3)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml) \
+	    $$(grep -E '^(requests|certifi|charset-normalizer|idna)==' constraints.txt)
+	test -d $(OLDEST)/huggingface_hub && test -d $(OLDEST)/filelock && test -d $(OLDEST)/urllib3
+	touch $@
+
+$(MIDDLE)/.done: $(VENV)/.test Makefile
+	rm -rf $(MIDDLE)
+	$(PIP) install --quiet --no-deps --target $(MIDDLE) huggingface_hub==1.1.0 httpx==0.28.1 httpcore==1.0.9 \
+	    $$(grep '^certifi==' constraints.txt)
+	touch $@
+
+$(VENV)/python%/.done: pyproject.toml constraints.txt Makefile | $(VENV)/bin/python
+	$$({ command -v python$*; ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$*.*/bin/python; } 2>/dev/null | tail -n 1) \
+	    -m venv --clear $(VENV)/python$*
+	$(VENV)/python$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt \
+	    $$(sed -n '/^dependencies/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | grep -v '^torch') \
+	    hyperpyyaml pytest pytest-timeout pytest-xdist sentencepiece
+	$(VENV)/python$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	touch $@
 
 $(SPEECHBRAIN)/.done: $(VENV)/.test Makefile constraints.txt

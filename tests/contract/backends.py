@@ -13,8 +13,9 @@ from uuid import uuid4
 
 import fsspec
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
+from tests.contract.hub_library import close_hub_session, set_endpoint
 from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Busy, Origin, TransientOriginError
 from weightferry.origins.registry import origin_for
@@ -96,7 +97,7 @@ class HubBackend:
 
     def close(self) -> None:
         self.origin.close()
-        close_session()
+        close_hub_session()
         self.shut_down()
 
 
@@ -106,11 +107,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def use_server(server: hub_server.HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make huggingface_hub use `server`. It reads HF_ENDPOINT only at its import."""
-    close_session()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    """Make huggingface_hub use `server`, without a token."""
+    close_hub_session()
+    set_endpoint(monkeypatch, server.url)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants, hf_hub_download, set_client_factory
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub import constants, hf_hub_download
 
 from tests.contract.backends import parse, use_server
+from tests.contract.hub_library import close_hub_session, hub_reaches, set_endpoint
+from tests.raw_server import RawServer
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import PinnedSource
 from weightferry.origins.base import Origin, Silent, TransientOriginError
 from weightferry.origins.registry import origin_for
-from weightferry.origins.transport import httpx
 from weightferry.settings import Settings
 from weightferry.testing.hub import Fault, HubOptions, HubServer
 
@@ -73,7 +73,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         return HubReader(hub, origin)
 
     yield start
-    close_session()
+    close_hub_session()
     for each in opened:
         with each:
             pass
@@ -138,18 +138,24 @@ class TestSignedUrls:
 
     def test_a_route_that_only_the_session_of_huggingface_hub_has(self, make: Make) -> None:
         # No server listens at the address of the CDN; the program has configured huggingface_hub to reach another one.
-        class Detour(httpx.HTTPTransport):  # type: ignore[misc]
-            def handle_request(self, request: Any) -> Any:
-                request.url = request.url.copy_with(host="127.0.0.1")
-                return super().handle_request(request)
-
         reader = make(HubOptions(cdn_host="127.0.0.9"))
-        set_client_factory(lambda: httpx.Client(transport=Detour(), follow_redirects=True, timeout=5))
-        try:
+        with hub_reaches("127.0.0.9", at="127.0.0.1"):
             assert reader.read(0, 5) + reader.read(5, 9) == WEIGHTS[:9]
             assert reader.request_counts() == {"redirect": 1, "content": 2}
-        finally:
-            set_client_factory(default_client_factory)
+
+    def test_a_hub_that_only_the_session_of_huggingface_hub_reaches(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        reader = make()
+        set_endpoint(monkeypatch, reader.hub.url.replace("127.0.0.1", "127.0.0.9"))
+        with (
+            hub_reaches("127.0.0.9", at="127.0.0.1"),
+            closing(origin_for("hf", Settings(cache_dir=tmp_path, connect_timeout=5))) as reader.origin,
+        ):
+            reader.origin.check_access(parse("hf://org/model"))
+            reader.pinned = reader.origin.resolve(parse("hf://org/model"), [""])
+            assert reader.read(0, 5) + reader.read(5, 9) == WEIGHTS[:9]
+            assert reader.read(path="config.json") == b"{}"
 
     def test_a_read_timeout_is_silent(self, make: Make) -> None:
         reader = make(read_timeout=0.2)
@@ -174,6 +180,16 @@ class TestCheckAccess:
     def test_a_readable_repository(self, reader: HubReader, text: str) -> None:
         self.check_access(reader, f"hf://org/model{text}")
         assert reader.request_counts() == {"redirect": 1}
+
+    @pytest.mark.parametrize("head", ["206 P", "200 OK", "416 R"])
+    def test_a_single_byte_is_requested(self, reader: HubReader, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        # A mirror that sends the content itself.
+        mirror = RawServer()
+        set_endpoint(monkeypatch, mirror.url)
+        mirror.answer("/org/model/resolve/main/model.safetensors", f"HTTP/1.1 {head}\r\nContent-Length: 1", b"x")
+        self.check_access(reader, "hf://org/model/model.safetensors")
+        assert mirror.headers()["range"] == "bytes=0-0"
+        mirror.close()
 
     @pytest.mark.parametrize("closed", [{"gated": True}, {"private": True}])
     def test_a_closed_repository(self, reader: HubReader, closed: Any, monkeypatch: pytest.MonkeyPatch) -> None:

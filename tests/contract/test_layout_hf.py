@@ -21,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 import weightferry
 from tests.contract.backends import contents, use_server
+from tests.contract.hub_library import HUB_VERSION
 from weightferry.errors import SourceNotFound
 from weightferry.testing.hub import HubServer
 
@@ -83,13 +84,15 @@ class TestHuggingfaceHubReadsOurCache:
         assert snapshot_download("org/model", cache_dir=self.hub_cache, endpoint=hub.url) == str(self.folder)
         assert hub.content_bytes() == 0
 
-    def test_checksums(self, hub: HubServer) -> None:
-        found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.hub_cache)
-        assert found.checked_count == len(FILES)
-        assert (found.mismatches, found.extra_paths) == ([], [])
-        assert not FILES.keys() & set(found.missing_paths), (
-            "the oldest versions report folders as missing, for every cache"
-        )
+    if HUB_VERSION >= (1, 1):  # the first with this check
+
+        def test_checksums(self, hub: HubServer) -> None:
+            found = HfApi(endpoint=hub.url).verify_repo_checksums("org/model", cache_dir=self.hub_cache)
+            assert found.checked_count == len(FILES)
+            assert (found.mismatches, found.extra_paths) == ([], [])
+            assert not FILES.keys() & set(found.missing_paths), (
+                "the oldest versions report folders as missing, for every cache"
+            )
 
     def test_an_offline_process_with_the_cache_named_in_its_environment(self, hub: HubServer) -> None:
         hub.close()
@@ -131,31 +134,42 @@ class TestHfCommands:
         command = [str(Path(sys.executable).with_name("hf")), "cache", *arguments]
         return subprocess.run(command, env=self.environ, capture_output=True, text=True, check=False)
 
-    def test_ls(self, hub: HubServer, cache: Path) -> None:
-        commit = hub.commit("org/model")
-        hub.close()
-        del self.environ["HF_HUB_CACHE"]
-        for more, expected in ([], "model/org/model"), (["--revisions"], commit):
-            ran = self.hf_cache("ls", "--cache-dir", str(cache / "hub"), "--quiet", *more)
-            assert (ran.returncode, ran.stdout.split()) == (0, [expected]), ran.stderr
+    if HUB_VERSION < (1, 1):
 
-    def test_ls_as_a_table(self) -> None:
-        ran = self.hf_cache("ls")
-        assert ran.returncode == 0, ran.stderr
-        assert "model/org/model" in ran.stdout
+        def test_scan(self, hub: HubServer, cache: Path) -> None:
+            hub.close()
+            ran = self.hf_cache("scan", "--dir", str(cache / "hub"), "-vvv")
+            assert ran.returncode == 0, ran.stderr
+            assert self.folder.name in ran.stdout
+            assert "warning" not in ran.stdout.lower()
 
-    def test_verify(self) -> None:
-        ran = self.hf_cache("verify", "org/model")
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "'org/model'" in ran.stdout
+    else:  # the first with these commands
 
-    @pytest.mark.parametrize("path", ["config.json", "model.safetensors"])
-    def test_verify_finds_a_damaged_file(self, path: str) -> None:
-        blob = (self.folder / path).resolve()
-        blob.write_bytes(bytes(blob.stat().st_size))
-        ran = self.hf_cache("verify", "org/model")
-        assert ran.returncode == 1, ran.stdout + ran.stderr
-        assert f"{path}: expected {blob.name} " in ran.stdout
+        def test_ls(self, hub: HubServer, cache: Path) -> None:
+            commit = hub.commit("org/model")
+            hub.close()
+            del self.environ["HF_HUB_CACHE"]
+            for more, expected in ([], "model/org/model"), (["--revisions"], commit):
+                ran = self.hf_cache("ls", "--cache-dir", str(cache / "hub"), "--quiet", *more)
+                assert (ran.returncode, ran.stdout.split()) == (0, [expected]), ran.stderr
+
+        def test_ls_as_a_table(self) -> None:
+            ran = self.hf_cache("ls")
+            assert ran.returncode == 0, ran.stderr
+            assert "model/org/model" in ran.stdout
+
+        def test_verify(self) -> None:
+            ran = self.hf_cache("verify", "org/model")
+            assert ran.returncode == 0, ran.stdout + ran.stderr
+            assert "'org/model'" in ran.stdout
+
+        @pytest.mark.parametrize("path", ["config.json", "model.safetensors"])
+        def test_verify_finds_a_damaged_file(self, path: str) -> None:
+            blob = (self.folder / path).resolve()
+            blob.write_bytes(bytes(blob.stat().st_size))
+            ran = self.hf_cache("verify", "org/model")
+            assert ran.returncode == 1, ran.stdout + ran.stderr
+            assert f"{path}: expected {blob.name} " in ran.stdout
 
 
 class TestWeightferryReadsTheirCache:

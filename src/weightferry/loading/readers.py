@@ -92,6 +92,12 @@ def _read_shards(index: Path, mapped: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name in dict.fromkeys(weight_map.values()):
         shard = folder / name
+        if shard.is_dir() or detect_format(shard) is Format.INDEX:  # an index that names itself would have no end
+            raise LoadError(
+                f"{index} names the shard {name}, which is a folder or an index, not a file of tensors. Download the "
+                "index again",
+                subject=str(index),
+            )
         content = _read(shard, mapped)
         if not isinstance(content, Mapping):
             raise LoadError(f"{shard} holds a {type(content).__name__}, not a mapping of tensors", subject=str(shard))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import quote
 
 from weightferry.manifest import File, PinnedSource, listing_commit
@@ -17,10 +16,9 @@ from weightferry.origins.range_request import (
     raise_for_status,
     status_error,
     total_size,
-    translate_http_errors,
     version_of,
 )
-from weightferry.origins.transport import new_client
+from weightferry.origins.transport import HttpClient, Response
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -32,7 +30,7 @@ class HttpOrigin:
     """Reads files behind http(s) URLs. A file is pinned by its ETag, else by its modification time and size."""
 
     def __init__(self, settings: Settings) -> None:
-        self._client = new_client(settings)
+        self._client = HttpClient(settings)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`. It costs one request for each file, or two if the first does not tell about ranges."""
@@ -41,24 +39,28 @@ class HttpOrigin:
 
     def _resolve_file(self, source: Source, path: str) -> File:
         url, subject = _url(source, path), _subject(source, path)
-        with translate_http_errors(subject):
-            answer = self._client.head(url, headers=IDENTITY)
-            if answer.status_code not in _HEAD_REFUSED:
-                raise_for_status(answer, subject)
-            size = total_size(answer.headers, answer.status_code) if answer.status_code == 200 else None
-            ranges = size is not None and (size == 0 or answer.headers.get("Accept-Ranges") == "bytes")
-            if not ranges:
-                answer = self._first_byte(url)
-                size = total_size(answer.headers, answer.status_code) if size is None else size
-                ranges = answer.status_code == 206 or size == 0
+        answer = self._head(url, subject)
+        if answer.status not in _HEAD_REFUSED:
+            raise_for_status(answer, subject)
+        size = total_size(answer.headers, answer.status) if answer.status == 200 else None
+        ranges = size is not None and (size == 0 or answer.headers.get("Accept-Ranges") == "bytes")
+        if not ranges:
+            answer = self._first_byte(url, subject)
+            size = total_size(answer.headers, answer.status) if size is None else size
+            ranges = answer.status == 206 or size == 0
         # An empty file has no first byte.
-        if not (answer.status_code == 416 and size == 0):
+        if not (answer.status == 416 and size == 0):
             raise_for_status(answer, subject)
         # Without a validator a cached copy cannot be recognized later, so the current time becomes the version.
         return File(path, size, version=version_of(answer.headers) or f"{_TIME_PREFIX}{time.time_ns()}", ranges=ranges)
 
-    def _first_byte(self, url: str) -> Any:
-        with self._client.stream("GET", url, headers={**IDENTITY, "Range": "bytes=0-0"}) as answer:
+    def _head(self, url: str, subject: str) -> Response:
+        with self._client.stream("HEAD", url, headers=IDENTITY, subject=subject) as answer:
+            return answer
+
+    def _first_byte(self, url: str, subject: str) -> Response:
+        headers = {**IDENTITY, "Range": "bytes=0-0"}
+        with self._client.stream("GET", url, headers=headers, subject=subject) as answer:
             return answer  # closed at once: the server may send the whole file
 
     @contextmanager
@@ -70,17 +72,16 @@ class HttpOrigin:
         version = "" if file.version.startswith(_TIME_PREFIX) else file.version
         request = RangeRequest(_url(source, path), _subject(source, path), start, stop, size=file.size, version=version)
         with get_range(self._client, request) as response:
-            yield response.iter_raw()
+            yield response.body
 
     def check_access(self, source: Source) -> None:
         """See `Origin.check_access`."""
         url, subject = _url(source, source.path), _subject(source, source.path)
-        with translate_http_errors(subject):
-            answer = self._client.head(url, headers=IDENTITY)
-            if source.path and answer.status_code in _HEAD_REFUSED:
-                answer = self._first_byte(url)
-        error = status_error(answer.status_code, answer.headers, subject)
-        if answer.status_code == 401 or isinstance(error, TransientOriginError):
+        answer = self._head(url, subject)
+        if source.path and answer.status in _HEAD_REFUSED:
+            answer = self._first_byte(url, subject)
+        error = status_error(answer.status, answer.headers, subject)
+        if answer.status == 401 or isinstance(error, TransientOriginError):
             raise error
         if source.path:  # without a path the URL is a folder, and any answer is fine
             raise_for_status(answer, subject)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, through the session and the token rules of huggingface_hub."""
+"""The Hugging Face Hub: metadata through huggingface_hub, content over our own connections."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from weightferry._version import __version__
 from weightferry.errors import OriginError
@@ -17,9 +15,9 @@ from weightferry.manifest import File, PinnedSource
 from weightferry.origins.base import Unreachable, path_outside_source, select_below
 from weightferry.origins.hub_cache import is_offline
 from weightferry.origins.hub_content import HubContent, content_url, find_token, headers
-from weightferry.origins.hub_errors import access_denied, hub_errors
-from weightferry.origins.range_request import RangeRequest, translate_http_errors
-from weightferry.origins.transport import timeouts
+from weightferry.origins.hub_errors import NO_FILE, NO_REPOSITORY, NO_REVISION, Refusal, hub_errors
+from weightferry.origins.hub_session import HubClient, translate_library_errors
+from weightferry.origins.range_request import IDENTITY, RangeRequest
 from weightferry.settings import Settings
 from weightferry.sources import Source
 
@@ -39,18 +37,17 @@ class HubOrigin:
     """
 
     def __init__(self, settings: Settings, token: bool | str | None = None) -> None:
-        self._timeouts, self._token = timeouts(settings), token
-        self._read_timeout = settings.read_timeout
+        self._read_timeout, self._token = settings.read_timeout, token
         # False: without a token. None would be a token of this rank.
         secret = None if token is None else find_token(token) or False
         self._api = HfApi(token=secret, library_name="weightferry", library_version=__version__)
-        self._content = HubContent(settings, token)
-        get_session()  # takes a good part of a second, which must not count as time of the first request
+        self._client = HubClient(settings)
+        self._content = HubContent(settings, self._client, token)
 
     def resolve(self, source: Source, paths: Sequence[str]) -> PinnedSource:
         """See `Origin.resolve`."""
         subject = str(source)
-        with translate_http_errors(subject), hub_errors(source, subject, self._token):
+        with translate_library_errors(subject), hub_errors(source, subject, self._token):
             info: Any = self._api.repo_info(
                 source.root,
                 revision=source.revision,
@@ -77,7 +74,7 @@ class HubOrigin:
         SourceNotFound, AccessDenied, OriginError
         """
         subject, only_the_commit = str(source), dict[str, Any](expand=["sha"])
-        with translate_http_errors(subject), hub_errors(source, subject, self._token):
+        with translate_library_errors(subject), hub_errors(source, subject, self._token):
             info: Any = self._api.repo_info(
                 source.root, revision=source.revision, repo_type=source.repo_type, timeout=timeout, **only_the_commit
             )
@@ -103,28 +100,23 @@ class HubOrigin:
         if is_offline():
             raise Unreachable("HF_HUB_OFFLINE is set, so no request is sent to the Hub", subject=subject)
         url = content_url(source, source.revision or constants.DEFAULT_REVISION, source.path or ".gitattributes")
-        options = {"headers": headers(self._token), "follow_redirects": False, "timeout": self._timeouts}
-        with (
-            translate_http_errors(subject),
-            hub_errors(source, subject, self._token),
-            get_session().stream("GET", url, **options) as response,
-        ):
-            if response.status_code < 400:
+        # One byte: a Hub that does not redirect would start to send the whole file.
+        sent = {**headers(self._token), **IDENTITY, "Range": "bytes=0-0"}
+        with self._client.stream("GET", url, headers=sent, subject=subject, follow_redirects=False) as response:
+            if response.status < 400 or response.status == 416:  # an empty file has no first byte
                 return
-            response.read()
-            try:
-                hf_raise_for_status(response)
-            except (EntryNotFoundError, RevisionNotFoundError):
-                return
-            except RepositoryNotFoundError as error:
-                # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
-                if response.status_code == 401:
-                    raise access_denied(error, subject, token=self._token) from None
-                raise
+            refusal = Refusal.of(response)
+        if refusal.code in (NO_FILE, NO_REVISION):
+            return
+        if refusal.code == NO_REPOSITORY and refusal.status == 401:
+            # The source was resolved, so the repository exists; without a token the Hub denies that with HTTP 401.
+            raise refusal.access_denied(subject, self._token)
+        raise refusal.error(source, subject, self._token)
 
     def close(self) -> None:
         """See `Origin.close`."""
         self._content.close()
+        self._client.close()
 
 
 def _to_file(sibling: Any, subject: str) -> File:

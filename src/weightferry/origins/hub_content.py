@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
 from huggingface_hub import constants, get_token, hf_hub_url
-from huggingface_hub.utils import get_session, parse_xet_file_data_from_response
 
-from weightferry._version import __version__
 from weightferry.errors import AccessDenied, OriginError, SourceNotFound
 from weightferry.manifest import File
-from weightferry.origins.base import TransientOriginError, Unreachable
-from weightferry.origins.hub_errors import CheckedSession
-from weightferry.origins.range_request import IDENTITY, RangeRequest, get_range, translate_http_errors
+from weightferry.origins.base import TransientOriginError
+from weightferry.origins.hub_errors import CheckedClient
+from weightferry.origins.hub_session import HubClient
+from weightferry.origins.range_request import IDENTITY, RangeRequest, get_range
 from weightferry.origins.signed_urls import SignedUrl, SignedUrlCache
-from weightferry.origins.transport import new_client, timeouts
+from weightferry.origins.transport import Response, same_server
 from weightferry.origins.xet import XetFile, XetReader
 from weightferry.settings import Settings
 from weightferry.sources import Source
@@ -28,6 +27,8 @@ from weightferry.sources import Source
 logger = logging.getLogger(__name__)
 
 _MAX_REDIRECTS = 5
+_HUB_HOME = "https://huggingface.co/"
+_XET_LINK = re.compile(r'<([^>]*)>\s*;\s*rel="?xet-auth"?')
 
 
 class HubContent:
@@ -43,11 +44,8 @@ class HubContent:
         As in `weightferry.FetchConfig`.
     """
 
-    def __init__(self, settings: Settings, token: bool | str | None = None) -> None:
-        self._token = token
-        self._options = {"timeout": timeouts(settings)}
-        self._client = new_client(settings)
-        self._use_own_client = True
+    def __init__(self, settings: Settings, client: HubClient, token: bool | str | None = None) -> None:
+        self._client, self._token = client, token
         self._urls = SignedUrlCache()
         self._xet = XetReader(settings)
         self._use_xet = self._xet.available
@@ -63,18 +61,17 @@ class HubContent:
         """
         with ExitStack() as stack:
             if file.checksum is None or file.checksum.algorithm != "sha256":  # only LFS files have signed URLs
-                yield stack.enter_context(self._from_hub(source, request)).iter_raw()
+                yield stack.enter_context(self._from_hub(source, request)).body
                 return
             fetch_url = partial(self._request_signed_url, source, request)
             location = self._urls.get(request.url, fetch_url)
             if location.xet and self._use_xet and request.start < location.xet.size:
                 yield stack.enter_context(closing(self._from_xet(location.xet, source, fetch_url, request)))
             else:
-                yield self._open(stack, source, fetch_url, request).iter_raw()
+                yield self._open(stack, source, fetch_url, request).body
 
     def close(self) -> None:
-        """Close the own connections; the session of huggingface_hub stays open, since the process shares it."""
-        self._client.close()
+        """Stop reading through Xet; the client stays open."""
         self._xet.close()
 
     def _from_xet(
@@ -91,9 +88,11 @@ class HubContent:
             self._use_xet = False
         if position < stop:
             with ExitStack() as stack:
-                yield from self._open(stack, source, fetch_url, replace(request, start=position, stop=stop)).iter_raw()
+                yield from self._open(stack, source, fetch_url, replace(request, start=position, stop=stop)).body
 
-    def _open(self, stack: ExitStack, source: Source, fetch_url: Callable[[], SignedUrl], request: RangeRequest) -> Any:
+    def _open(
+        self, stack: ExitStack, source: Source, fetch_url: Callable[[], SignedUrl], request: RangeRequest
+    ) -> Response:
         """Open the signed URL; if the CDN refuses it, request a new one, once."""
         location = self._urls.get(request.url, fetch_url)
         try:
@@ -104,33 +103,17 @@ class HubContent:
         location = self._urls.get(request.url, fetch_url, refused=location)
         return stack.enter_context(self._from_signed_url(source, location, request))
 
-    def _from_hub(self, source: Source, request: RangeRequest) -> Any:
-        session = CheckedSession(get_session(), source, request.subject, self._token)
+    def _from_hub(self, source: Source, request: RangeRequest) -> AbstractContextManager[Response]:
         return get_range(
-            session, replace(request, headers=headers(self._token)), follow_redirects=True, **self._options
+            CheckedClient(self._client, source, self._token), replace(request, headers=headers(self._token))
         )
 
-    @contextmanager
-    def _from_signed_url(self, source: Source, location: SignedUrl, request: RangeRequest) -> Iterator[Any]:
+    def _from_signed_url(
+        self, source: Source, location: SignedUrl, request: RangeRequest
+    ) -> AbstractContextManager[Response]:
         if not location.url:
-            with self._from_hub(source, request) as response:
-                yield response
-            return
-        request = replace(request, url=location.url, headers=headers(False))
-        with ExitStack() as stack:
-            yield self._open_with_fallback(stack, request)
-
-    def _open_with_fallback(self, stack: ExitStack, request: RangeRequest) -> Any:
-        if self._use_own_client:
-            try:
-                return stack.enter_context(get_range(self._client, request))
-            except Unreachable:
-                # A program can configure a proxy or certificates with `set_client_factory` of huggingface_hub. Only the
-                # session of huggingface_hub uses them.
-                pass
-        response = stack.enter_context(get_range(get_session(), request, follow_redirects=True, **self._options))
-        self._use_own_client = False
-        return response
+            return self._from_hub(source, request)
+        return get_range(self._client, replace(request, url=location.url))
 
     def _request_signed_url(self, source: Source, request: RangeRequest) -> SignedUrl:
         """Request the location of the content from the Hub.
@@ -139,18 +122,17 @@ class HubContent:
         of the content, but for a single byte, in case the Hub sends the content itself.
         """
         url, sent_headers = request.url, {**headers(self._token), **IDENTITY, "Range": "bytes=0-0"}
-        session = CheckedSession(get_session(), source, request.subject, self._token)
+        client = CheckedClient(self._client, source, self._token)
         for _ in range(_MAX_REDIRECTS):
-            with (
-                translate_http_errors(request.subject),
-                session.stream("GET", url, headers=sent_headers, follow_redirects=False, **self._options) as response,
-            ):
-                if not response.has_redirect_location:
+            with client.stream(
+                "GET", url, headers=sent_headers, subject=request.subject, follow_redirects=False
+            ) as response:
+                target = response.redirect
+                if not target:
                     return SignedUrl()
-                response.read()  # so that the connection can be reused
-                target = urljoin(url, response.headers["Location"])
+                response.start_of_body()  # so that the connection can be used again
                 xet = _xet_file(url, response, request.size)
-            if not _same_server(url, target):
+            if not same_server(url, target):
                 return SignedUrl(target, xet)
             url = target
         raise OriginError(f"the Hub answered with more than {_MAX_REDIRECTS} redirects", subject=request.subject)
@@ -176,19 +158,15 @@ def headers(token: bool | str | None) -> dict[str, str]:
     # This does not use huggingface_hub's build_hf_headers: in 2.x it may first send its own request to the Hub, and
     # every leader of a job would do so. The rule when a token is sent is the same.
     secret = find_token(token)
-    return {"User-Agent": f"weightferry/{__version__}", **({"Authorization": f"Bearer {secret}"} if secret else {})}
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
 
 
-def _xet_file(url: str, response: Any, size: int | None) -> XetFile | None:
+def _xet_file(url: str, response: Response, size: int | None) -> XetFile | None:
     """Return the Xet data of a response; None unless the URL for Xet tokens, which gets our token, is on the Hub."""
-    data = parse_xet_file_data_from_response(response, endpoint=constants.ENDPOINT)
-    if data is None or not size or not _same_server(url, data.refresh_route):
+    name, link = response.headers.get("X-Xet-Hash"), _XET_LINK.search(response.headers.get("Link", ""))
+    token_url = link[1] if link else response.headers.get("X-Xet-Refresh-Route", "")
+    if token_url.startswith(_HUB_HOME):  # a mirror may name the Hub that it mirrors
+        token_url = f"{constants.ENDPOINT.rstrip('/')}/{token_url.removeprefix(_HUB_HOME)}"
+    if not name or not token_url or not size or not same_server(url, token_url):
         return None
-    return XetFile(data.file_hash, size, data.refresh_route)
-
-
-def _same_server(url: str, target: str) -> bool:
-    """Return whether a redirect stays on its server, or only upgrades to https: then it may get the token."""
-    a, b = urlsplit(url), urlsplit(target)
-    upgraded = (a.scheme, b.scheme) == ("http", "https") and a.port in (None, 80) and b.port in (None, 443)
-    return a.hostname == b.hostname and (upgraded or (a.scheme, a.port) == (b.scheme, b.port))
+    return XetFile(name, size, token_url)

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceChanged, SourceNotFound, redact
-from weightferry.origins.base import Busy, RangeIgnored, RateLimited, Silent, TransientOriginError, Unreachable
-from weightferry.origins.transport import httpx
+from weightferry.origins.base import Busy, RangeIgnored, RateLimited, TransientOriginError
+from weightferry.origins.transport import Response
 
 # By definition a client may retry after 408 and 425, and after 429 by RFC 6585. 5xx are errors of the server; 501 and
 # 505 are not in the set since they are permanent.
@@ -65,9 +65,9 @@ class RangeRequest:
                 headers["If-Range"] = self.version
         return headers
 
-    def check(self, response: Any) -> None:
+    def check(self, response: Response) -> None:
         """Raise unless the response has the requested bytes of the pinned file; see `get_range` for the errors."""
-        status, headers = response.status_code, response.headers
+        status, headers = response.status, response.headers
         self._check_unchanged(status, headers)
         raise_for_status(response, self.subject)
         if self.is_partial and status != 206:
@@ -100,8 +100,15 @@ class RangeRequest:
         )
 
 
+class Client(Protocol):
+    """Sends requests; `HttpClient` and the clients of the Hub do."""
+
+    def stream(self, method: str, url: str, *, headers: Mapping[str, str], subject: str) -> Any:
+        """See `HttpClient.stream`."""
+
+
 @contextmanager
-def get_range(client: Any, request: RangeRequest, **options: Any) -> Iterator[Any]:
+def get_range(client: Client, request: RangeRequest) -> Iterator[Response]:
     """Send a GET and yield the response before its body is read.
 
     Raises
@@ -111,37 +118,18 @@ def get_range(client: Any, request: RangeRequest, **options: Any) -> Iterator[An
     SourceChanged
         The version, the size or the status shows that the file is not the pinned one.
     TransientOriginError, SourceNotFound, AccessDenied, OriginError
-        By the status; also while the body is read inside this context.
+        By the status; also while the body is read.
     """
-    with (
-        translate_http_errors(request.subject),
-        client.stream("GET", request.url, headers=request.request_headers, **options) as response,
-    ):
+    headers = request.request_headers
+    with client.stream("GET", request.url, headers=headers, subject=request.subject) as response:
         request.check(response)
         yield response
 
 
-@contextmanager
-def translate_http_errors(subject: str) -> Iterator[None]:
-    """Raise errors of the HTTP library as errors of weightferry."""
-    try:
-        yield
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        kind = next((translated for original, translated in _ERROR_CLASSES if isinstance(error, original)), OriginError)
-        raise kind(redact(f"{type(error).__name__}: {error}"), subject=subject) from error
-
-
-_ERROR_CLASSES: tuple[tuple[Any, type[OriginError]], ...] = (
-    ((httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError), Unreachable),
-    (httpx.ReadTimeout, Silent),
-    (httpx.TransportError, TransientOriginError),
-)
-
-
-def raise_for_status(response: Any, subject: str) -> None:
+def raise_for_status(response: Response, subject: str) -> None:
     """Raise the error of a status of 300 or more."""
-    if response.status_code >= 300:
-        raise status_error(response.status_code, response.headers, subject)
+    if response.status >= 300:
+        raise status_error(response.status, response.headers, subject)
 
 
 def status_error(status: int, headers: Mapping[str, str], subject: str, detail: str = "") -> CollectError:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from weightferry.errors import redact
 from weightferry.origins.base import TransientOriginError
-from weightferry.origins.transport import timeouts
+from weightferry.origins.transport import USER_AGENT, Timeouts
 from weightferry.settings import Settings
 
 _WINDOW = 64 << 20
@@ -100,6 +100,7 @@ class XetReader:
             if self._session is None:
                 self._session = self._hf_xet.XetSession(config=_config(self._hf_xet, self._settings))
             if token_url not in self._groups:
+                headers = {"User-Agent": USER_AGENT, **headers}
                 public = {name: value for name, value in headers.items() if name != "Authorization"}
                 self._groups[token_url] = self._session.new_download_stream_group(
                     token_refresh_url=token_url, token_refresh_headers=headers, custom_headers=public
@@ -118,7 +119,7 @@ def _module() -> Any:
 
 
 def _config(hf_xet: Any, settings: Settings) -> Any:
-    limits = timeouts(settings)
+    limits = Timeouts.of(settings)
     return hf_xet.XetConfig().with_config(
         {
             "client.connect_timeout": timedelta(seconds=limits.connect),

@@ -107,6 +107,16 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         read_state(index)
 
 
+@pytest.mark.parametrize("shard", ["model.safetensors.index.json", "other.index.json", "folder"])
+def test_a_shard_that_is_no_file_of_tensors(shard: str, tmp_path: Path) -> None:
+    index = write(tmp_path)
+    (tmp_path / "other.index.json").write_bytes(index.read_bytes())
+    write(tmp_path / "folder")
+    index.write_text(json.dumps({"weight_map": {"0.weight": shard}}))
+    with pytest.raises(LoadError, match=f"names the shard {shard}, which is a folder or an index"):
+        read_state(index)
+
+
 def test_an_index_after_long_metadata(tmp_path: Path) -> None:
     index = write(tmp_path)
     content = json.loads(index.read_text())
