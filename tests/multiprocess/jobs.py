@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import logging
 import os
 import sys
@@ -17,6 +18,15 @@ from typing import Any
 
 import weightferry
 from tests.store_answers import answer
+
+
+def saved(obj: object) -> bytes:
+    """Return the content of a torch file with the object."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

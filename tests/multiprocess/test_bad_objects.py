@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 from typing import Any
 
@@ -24,15 +23,9 @@ WEIGHTS = {
 }
 
 
-def saved(obj: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def model(nodes: Nodes) -> Nodes:
-    nodes.hub.add_repo("org/model", {"good.ckpt": saved(WEIGHTS)})
+    nodes.hub.add_repo("org/model", {"good.ckpt": jobs.saved(WEIGHTS)})
     return nodes
 
 
@@ -48,8 +41,8 @@ GOOD = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model)
 
 def test_a_damaged_checkpoint(model: Nodes) -> None:
     contents = {
-        "torch": saved(WEIGHTS)[:-700],
-        "short": saved(WEIGHTS)[:300],
+        "torch": jobs.saved(WEIGHTS)[:-700],
+        "short": jobs.saved(WEIGHTS)[:300],
         "safetensors": save(WEIGHTS)[:-10],
         "empty": b"",
         "html": b"<html>not found</html>",
@@ -63,7 +56,7 @@ def test_a_damaged_checkpoint(model: Nodes) -> None:
 
 def test_a_pickle_that_wants_to_run_a_command(model: Nodes) -> None:
     marker = model.place / "marker"
-    model.hub.add_repo("org/bad", {"model.ckpt": saved({"0.weight": RunsCommand(marker)})})
+    model.hub.add_repo("org/bad", {"model.ckpt": jobs.saved({"0.weight": RunsCommand(marker)})})
     gots, after = model.tries(
         partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model, model.place / "links"), GOOD
     )
@@ -74,7 +67,7 @@ def test_a_pickle_that_wants_to_run_a_command(model: Nodes) -> None:
 
 def test_weights_of_another_shape_on_one_rank(model: Nodes) -> None:
     other = {**WEIGHTS, "2.bias": torch.ones(5)}
-    model.hub.add_repo("org/bad", {"model.ckpt": saved(other)})
+    model.hub.add_repo("org/bad", {"model.ckpt": jobs.saved(other)})
     bad = partial(jobs.load, {"model": "org/bad/model.ckpt"}, jobs.only_model)
     gots, after = model.tries(partial(jobs.by_rank, {2: bad}, GOOD), GOOD)
     failed_alike(gots, LoadError, "load", {2}, "2.bias")

@@ -131,23 +131,34 @@ def test_a_call_that_only_some_ranks_make(model: Nodes, ranks: set[int]) -> None
     assert model.hub.requests == []
 
 
-def collect_or_load() -> Any:
-    """Collect on rank 0 and load on all others, as code does that collects in a guard."""
+def collect_or_load(loading: set[int]) -> Any:
+    """Load on some ranks and collect on the others, as code does that collects in a guard."""
     import torch
 
     import weightferry
 
-    pretrainer = weightferry.Pretrainer(None, {"m": torch.nn.Linear(2, 2)}, {"m": "org/model/model.safetensors"})
-    return pretrainer.collect_files() if jobs.rank() == 0 else pretrainer.load_collected()
+    pretrainer = weightferry.Pretrainer(None, {"m": torch.nn.Linear(2, 2)}, {"m": "org/linear/linear.ckpt"})
+    pretrainer.collect_files()
+    return pretrainer.load_collected() if jobs.rank() in loading else pretrainer.collect_files()
 
 
 def test_different_calls(model: Nodes) -> None:
+    """Also where rank 0 alone ends the first phase of its call, and would go on without the others."""
+    import torch
+
+    model.hub.add_repo("org/linear", {"linear.ckpt": jobs.saved({"weight": torch.ones(2, 2), "bias": torch.ones(2)})})
     model.variables |= {"WEIGHTFERRY_BEAT_INTERVAL": "0.3", "WEIGHTFERRY_BEAT_TIMEOUT": "5"}
-    (gots,) = model.tries(collect_or_load)
-    for got in gots:
-        assert isinstance(got.error, PlanMismatch)
-        assert "the ranks make different calls: rank 0 calls collect_files() at test_calls.py:" in str(got.error)
-        assert "ranks 1-3 call load_collected() at test_calls.py:" in str(got.error)
+    load, collect = "load_collected() at test_calls.py:", "collect_files() at test_calls.py:"
+    cases = [
+        (partial(collect_or_load, {1, 2, 3}), f"rank 0 calls {collect}", f"ranks 1-3 call {load}"),
+        (partial(collect_or_load, {0}), "rank 0 calls load_collected()", f"ranks 1-3 call {collect}"),
+        (partial(collect_or_load, {2}), f"ranks 0-1, 3 call {collect}", f"rank 2 calls {load}"),
+    ]
+    for (_, *texts), gots in zip(cases, model.tries(*(call for call, *_ in cases)), strict=True):
+        for got in gots:
+            assert isinstance(got.error, PlanMismatch), got
+            assert "the ranks make different calls: " in str(got.error)
+            assert [text for text in texts if text not in str(got.error)] == []
 
 
 def stage_alone() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,6 @@ STATE = {
 EXPECTED = {name: tensor.tolist() for name, tensor in STATE.items()}
 
 
-def saved(obj: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    return buffer.getvalue()
-
-
 def sharded(
     names: tuple[str, str] = ("model-00001-of-00002.safetensors", "other name.safetensors"),
 ) -> dict[str, bytes]:
@@ -42,7 +35,7 @@ def sharded(
 
 @pytest.fixture
 def model(nodes: Nodes) -> Nodes:
-    nodes.hub.add_repo("org/model", {"good.ckpt": saved(STATE)})
+    nodes.hub.add_repo("org/model", {"good.ckpt": jobs.saved(STATE)})
     nodes.hub.add_repo("org/shards", {"sub/" + name: content for name, content in sharded().items()})
     return nodes
 
@@ -93,7 +86,7 @@ def load_and_look(paths: dict[str, str]) -> tuple[str, bool]:
 
 
 def test_a_mismatch_on_one_rank_prevents_writing_on_all_ranks(model: Nodes) -> None:
-    model.hub.add_repo("org/bad", {"bad.ckpt": saved({**STATE, "2.bias": torch.ones(5)})})
+    model.hub.add_repo("org/bad", {"bad.ckpt": jobs.saved({**STATE, "2.bias": torch.ones(5)})})
     good = {"first": "org/model/good.ckpt", "second": "org/model/good.ckpt"}
     bad = partial(load_and_look, {**good, "second": "org/bad/bad.ckpt"})
     (gots,) = model.tries(partial(jobs.by_rank, {2: bad}, partial(load_and_look, good)))
@@ -113,7 +106,7 @@ def test_allow_globals_must_be_the_same_on_all_ranks(model: Nodes) -> None:
 
 def test_ranks_with_different_values_are_named(model: Nodes) -> None:
     other = {**STATE, "2.bias": STATE["2.bias"] + 1}
-    model.hub.add_repo("org/other", {"good.ckpt": saved(other)})
+    model.hub.add_repo("org/other", {"good.ckpt": jobs.saved(other)})
     call = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model, verify="digest")
     odd = partial(jobs.load, {"model": "org/other/good.ckpt"}, jobs.only_model, verify="digest")
     same, gots = model.tries(call, partial(jobs.by_rank, {1: odd}, call))
@@ -122,7 +115,7 @@ def test_ranks_with_different_values_are_named(model: Nodes) -> None:
 
 
 def test_rank_specific_loadables_are_not_compared(model: Nodes) -> None:
-    model.hub.add_repo("org/other", {"good.ckpt": saved({**STATE, "2.bias": STATE["2.bias"] + 1})})
+    model.hub.add_repo("org/other", {"good.ckpt": jobs.saved({**STATE, "2.bias": STATE["2.bias"] + 1})})
     options = {"model": LoadOptions(rank_specific=True)}
     call = partial(jobs.load, {"model": "org/model/good.ckpt"}, jobs.only_model, verify="digest", options=options)
     odd = partial(jobs.load, {"model": "org/other/good.ckpt"}, jobs.only_model, verify="digest", options=options)

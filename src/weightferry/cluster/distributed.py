@@ -163,7 +163,8 @@ class DistributedCoordinator(Coordinator):
         ranks: Collection[int],
         role: str,
     ) -> R:
-        key = f"{len(self._phases)}-{phase}"
+        # With the function: ranks that made different calls must never take a result of each other.
+        key = f"{len(self._phases)}-{self._function}-{phase}"
         self._phases.append(key)
         cause: BaseException | None = None
         with self._store_errors(phase), self._collecting(key, phase, ranks, combine):
@@ -226,7 +227,9 @@ class DistributedCoordinator(Coordinator):
         if self._rank0_barrier is None:
             yield
             return
-        collector = ResultCollector(self, self._rank0_barrier, self._job, key, phase, ranks, self._settings)
+        collector = ResultCollector(
+            self, self._rank0_barrier, self._job, self._function, key, phase, ranks, self._settings
+        )
         thread = threading.Thread(target=collector.run, args=(combine,), name="weightferry-collect", daemon=True)
         thread.start()
         try:

@@ -62,7 +62,7 @@ def heartbeat_key(rank: int) -> str:
     return f"heartbeat/{rank}"
 
 
-def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
+def describe_calls(store: dist.Store, job_ranks: Sequence[int], function: str = "this function") -> str:
     """Return which ranks have made the call, from where, and which have not; reads the heartbeats of all ranks.
 
     Parameters
@@ -71,6 +71,8 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
         A client that no other thread waits on, below the prefix of the operation.
     job_ranks
         By rank of the operation, the rank in the job.
+    function
+        What ranks call that are past the first phase: their heartbeats do not say it.
     """
     callers: dict[str, list[int]] = {}
     absent: list[int] = []
@@ -85,7 +87,7 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int]) -> str:
         callers.setdefault(str(call) if call else "", []).append(job_rank)
     said = [
         f"ranks {format_ranks(ranks)} call {text}" if ranks[1:] else f"rank {ranks[0]} calls {text}"
-        for text, ranks in ((text or "this function", ranks) for text, ranks in callers.items())
+        for text, ranks in ((text or function, ranks) for text, ranks in callers.items())
     ]
     if absent:
         said.append(f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} did not call yet")

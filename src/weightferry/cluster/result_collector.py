@@ -62,6 +62,8 @@ class ResultCollector:
         On a store client that no other thread waits on.
     job
         What rank 0 knows of the ranks; updated here.
+    function
+        The function that the user's code calls.
     key
         Name of the phase in the store.
     phase
@@ -75,13 +77,14 @@ class ResultCollector:
         coordinator: Coordinator,
         barrier: StoreBarrier,
         job: JobState,
+        function: str,
         key: str,
         phase: str,
         ranks: Collection[int],
         settings: Settings,
     ) -> None:
         self._coordinator, self._barrier, self._job = coordinator, barrier, job
-        self._key, self._phase, self._settings = key, phase, settings
+        self._function, self._key, self._phase, self._settings = function, key, phase, settings
         self._missing = set(ranks)
         self._read = 0
         self._results: dict[int, RankResult] = {}
@@ -93,6 +96,7 @@ class ResultCollector:
         self._cancelled = threading.Event()
         self._calls = ""  # which ranks have called, once it matters
         self._other_phases: set[str] = set()  # what ranks that made another call wait for
+        self._mismatch_at = 0.0  # seconds into the phase
 
     def cancel(self) -> None:
         """End without a result: this process is about to exit."""
@@ -171,18 +175,27 @@ class ResultCollector:
         for rank, beat in beats.items():
             # A rank that has made another call is alive, but takes no part in this phase, and would never arrive.
             heartbeat = Heartbeat.loads(beat)
-            if rank in self._missing and heartbeat.call and heartbeat.phase != self._key:
+            if rank in self._missing and heartbeat.call and heartbeat.call.function != self._function:
                 self._other_phases.add(heartbeat.phase)
-        if self._other_phases:
-            text = describe_calls(self._barrier.store, self._job.job_ranks)
+        if self._other_phases and self._all_have_told(beats, waited):
+            text = self._describe_calls()
             return {0: self._failure(0, PlanMismatch, f"the ranks make different calls: {text}")}
         for rank in self._watched - beats.keys():
             if rank in self._job.hosts:
                 texts[rank] = "left in the middle of the operation"
             elif waited > self._settings.agree_timeout:
-                self._calls = self._calls or describe_calls(self._barrier.store, self._job.job_ranks)
+                self._calls = self._calls or self._describe_calls()
                 texts[rank] = f"did not call within {waited:.0f} s: {self._calls}"
         return {rank: self._failure(rank, LeaderLost, text) for rank, text in texts.items()}
+
+    def _describe_calls(self) -> str:
+        return describe_calls(self._barrier.store, self._job.job_ranks, f"{self._function}()")
+
+    def _all_have_told(self, beats: Mapping[int, bytes], waited: float) -> bool:
+        """Return whether each rank has said what it calls, or had the time of two heartbeats for it."""
+        self._mismatch_at = self._mismatch_at or waited
+        told = sum(Heartbeat.loads(beat).call is not None for beat in beats.values())
+        return told == len(self._job.job_ranks) or waited - self._mismatch_at > 2 * self._settings.beat_interval
 
     def _stalled_ranks(self) -> dict[int, Failure]:
         """Find ranks that are alive and wait for bytes, when no bytes have moved anywhere in the job for too long.
