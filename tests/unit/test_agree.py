@@ -35,9 +35,11 @@ def described(
     host: str = "h0",
     cache: FolderIdentity = THIS_MACHINE,
     link_folder: FolderIdentity | None = None,
+    *,
+    copy: bool = False,
     **requests: SourceRequest,
 ) -> RankDescription:
-    return RankDescription(host, f"{host}/0", cache, link_folder, requests)
+    return RankDescription(host, f"{host}/0", cache, link_folder, requests, copy=copy)
 
 
 class TestFolderIdentity:
@@ -115,6 +117,14 @@ class TestAgree:
             )
         text = str(raised.value)
         assert "x is org/a/x.ckpt on rank 1 (h1) and org/b/x.ckpt on rank 5 (h2)" in text
+
+    def test_links_and_copies_in_one_folder(self) -> None:
+        links = FolderIdentity("boot0", 1, 7)
+        copies, no_copies = (described(link_folder=links, copy=copy, x=A) for copy in (True, False))
+        with pytest.raises(PlanMismatch, match="ranks 0, 2 on h0 use one collect_in, but only one"):
+            agree({0: copies, 1: copies, 2: no_copies})
+        assert agree({0: copies, 1: copies}).copies
+        assert not agree({0: no_copies, 1: no_copies}).copies
 
     def test_no_secret_in_it(self) -> None:
         links = FolderIdentity("boot0", 1, 7)

@@ -99,6 +99,7 @@ class RankProbe:
             self.request.requests,
             self._settings.domain,
             self._identify_tiers(),
+            self.request.copy,
         )
 
     def _identify_tiers(self) -> dict[Path, FolderIdentity]:
@@ -171,6 +172,7 @@ class RequestComparison:
             ranks=len(descriptions),
             nodes=len({description.node for description in descriptions.values()}),
             may_show_late=not all(domain.local for domain in (*domains, *link_folders)),
+            copies=any(description.copy for description in descriptions.values()),
             tiers=_tiers_seen_by_all(domains, descriptions),
             probe_token=secrets.token_hex(8) if probe_caches or probe_link_folders else "",
             probe_caches=probe_caches,
@@ -252,6 +254,11 @@ def _union(domain: StorageDomain, descriptions: Mapping[int, RankDescription]) -
     """Join what the ranks of one folder for links want there."""
     wanted: dict[str, tuple[int, SourceRequest]] = {}
     for rank, job_rank in zip(domain.ranks, domain.job_ranks, strict=True):
+        if descriptions[rank].copy is not descriptions[domain.leader].copy:
+            raise PlanMismatch(
+                f"one folder, two strategies: ranks {format_ranks(sorted((domain.job_ranks[0], job_rank)))} on "
+                f"{domain.host} use one collect_in, but only one of them wants copies; pass the same local_strategy"
+            )
         for name, request in descriptions[rank].requests.items():
             first, other = wanted.setdefault(name, (rank, request))
             if other != request:

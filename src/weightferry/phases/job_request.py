@@ -48,6 +48,8 @@ class RankDescription:
         Name of the storage domain of its cache, where the user sets one.
     tiers
         The read-only caches that it sees.
+    copy
+        Whether it wants real files in place of links.
     """
 
     host: str
@@ -57,6 +59,7 @@ class RankDescription:
     requests: Mapping[str, SourceRequest]
     domain: str = ""
     tiers: Mapping[Path, FolderIdentity] = field(default_factory=dict)
+    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class JobRequest:
         Whether files may show late: other machines see the file system of some folder too.
     tiers : mapping of int to (tuple of Path)
         By leader, the read-only caches that every rank of its domain sees.
+    copies : bool
+        Whether any rank wants real files in place of links.
     probe_token : str
         Token of the `StorageProbe` that is needed; empty when all folders are known.
     probe_caches, probe_link_folders : tuple of int
@@ -89,6 +94,7 @@ class JobRequest:
     ranks: int
     nodes: int
     may_show_late: bool = False
+    copies: bool = False
     tiers: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
     probe_token: str = ""
     probe_caches: tuple[int, ...] = ()

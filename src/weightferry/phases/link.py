@@ -126,11 +126,14 @@ def link(
     """
     began, job, layout = time.monotonic(), state.job, state.surveyor.layout
     plan = LinkPlan.of(rank_request, resolution, layout)
-    make = partial(_publish_and_link, coordinator, rank_request, resolution, state, publish)
+    timeout = state.settings.visibility_timeout if job.may_show_late else 0.0
+    if job.copies:
+        # A link needs only the path of its target; a copy needs the target, which another rank may publish.
+        coordinator.run_phase("publish", publish, len, job.leaders, state.role)
+    make = partial(_publish_and_link, coordinator, rank_request, resolution, state, publish, timeout)
     blocks = coordinator.run_phase(
         "link", make, partial(_common_blocks, coordinator, state), {*job.leaders, *job.links}, state.role
     )
-    timeout = state.settings.visibility_timeout if job.may_show_late else 0.0
     check = VisibilityCheck(blocks, timeout, coordinator.check)
     read_back = partial(_read_back, coordinator, plan, resolution, state, check, began)
     report = coordinator.run_phase("link", read_back, partial(_report_domains, job, make_report))
@@ -152,15 +155,16 @@ def _publish_and_link(
     resolution: Resolution,
     state: DomainState,
     publish: Callable[[], None],
+    timeout: float,
 ) -> tuple[int, ...] | None:
     job, layout = state.job, state.surveyor.layout
     is_leader = coordinator.rank in job.leaders
-    if is_leader:
+    if is_leader and not job.copies:
         publish()
     if coordinator.rank in job.links:
         everything = replace(rank_request, requests=job.links[coordinator.rank])
         with coordinator.waiting("compares files in the folder for links, and copies those that differ"):
-            make_links(LinkPlan.of(everything, resolution, layout), coordinator.check)
+            make_links(LinkPlan.of(everything, resolution, layout), coordinator.check, timeout)
     return read_first_blocks(layout, resolution.manifest) if is_leader else None
 
 
@@ -219,13 +223,15 @@ def _domain_result(coordinator: Coordinator, state: DomainState, seconds: Mappin
     return DomainResult(report, sizes, sha256)
 
 
-def make_links(plan: LinkPlan, check: Callable[[], None] = lambda: None) -> None:
+def make_links(plan: LinkPlan, check: Callable[[], None] = lambda: None, timeout: float = 0.0) -> None:
     """Make the links or copies of one folder, each atomically and only where it differs.
 
     Parameters
     ----------
     check
         Called between two pieces of a copy; an error that it raises ends the copy.
+    timeout
+        Seconds to wait for the file to copy, if another machine made it.
 
     Raises
     ------
@@ -237,7 +243,7 @@ def make_links(plan: LinkPlan, check: Callable[[], None] = lambda: None) -> None
             if _is_equivalent(link_path, target):
                 continue
             if plan.copy:
-                _copy(link_path, target, check)
+                wait_until_visible(partial(_copy, link_path, target, check), target, timeout, check)
                 continue
             if not plan.replaces_files and link_path.exists() and not link_path.is_symlink():
                 raise BadRequest(
