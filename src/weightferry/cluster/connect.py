@@ -229,7 +229,7 @@ def _connect_store(topology: Topology, settings: Settings, call: str, port: int,
         if isinstance(error, NotDistributed):
             raise
         raise NotDistributed(
-            f"{failed} within {settings.agree_timeout:.0f} s (MASTER_ADDR={address}). Every rank must make the same "
+            f"{failed} within {settings.agree_timeout:g} s (MASTER_ADDR={address}). Every rank must make the same "
             f"call, and reach rank 0 there; to work in this process alone, pass coordinate=False. {error}"
         ) from error
 
@@ -273,8 +273,9 @@ def _address(topology: Topology, environ: Mapping[str, str]) -> str:
     if nodes:
         return _first_node(nodes)
     raise NotDistributed(
-        f"{topology.launcher} does not say which node has rank 0: set MASTER_ADDR to its address "
-        "(mpirun -x MASTER_ADDR=...)"
+        f"{topology.launcher} started {topology.world_size} ranks and does not say which node has rank 0: set "
+        "MASTER_ADDR to its address (mpirun -x MASTER_ADDR=...), or call "
+        'torch.distributed.init_process_group("gloo") first'
     )
 
 
