@@ -240,3 +240,43 @@ def meets_a_neighbour_that_dies() -> None:
             if coordinator.rank == 0:
                 threading.Timer(1.0, os._exit, (0,)).start()  # as a job does, and the store goes with it
             raise
+
+
+def test_the_heartbeat_of_a_rank_that_leaves_early_can_still_be_read(nodes: Nodes) -> None:
+    """Rank 0 looks which heartbeats there are and then reads them; a key that vanished in between would block it."""
+    (gots,) = nodes.tries(leave_between_look_and_read, world_size=2)
+    assert [got.error for got in gots] == [None] * 2
+    keys_before, seconds, keys_after = gots[0].value
+    assert seconds < 5
+    assert keys_after == keys_before  # the last rank removes what the first one left
+
+
+def leave_between_look_and_read() -> tuple[int, float, int] | None:
+    import torch.distributed as dist
+
+    from weightferry.cluster.connect import process_group_coordinator
+    from weightferry.cluster.heartbeat import heartbeat_key
+    from weightferry.settings import Settings
+
+    store = dist.distributed_c10d._get_default_store()
+    if jobs.rank() == 0:
+        before = store.num_keys()
+        store.set("counted", "")
+    store.wait(["counted"])
+    try:
+        with process_group_coordinator(Settings.from_environ(), "test") as ranks:
+            if jobs.rank() == 1:
+                store.wait(["looked"])
+                raise InterruptedError
+            seen = ranks._barrier.store
+            while not seen.check([heartbeat_key(1)]):
+                time.sleep(0.01)
+            store.set("looked", "")
+            store.wait(["gone"])
+            began = time.monotonic()
+            assert seen.multi_get([heartbeat_key(1)]) == [b""]
+            seconds = time.monotonic() - began
+    except InterruptedError:
+        store.set("gone", "")
+        return None
+    return before, seconds, store.num_keys() - len(("counted", "looked", "gone"))

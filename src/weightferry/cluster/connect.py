@@ -69,10 +69,8 @@ def process_group_coordinator(
         else _distributed_coordinator(store, ranks, topology, settings, name)
     )
     coordinator.operation = name
-    try:
+    with coordinator:
         yield coordinator
-    finally:
-        coordinator.close()
 
 
 @contextlib.contextmanager
@@ -83,16 +81,14 @@ def launcher_coordinator(settings: Settings, topology: Topology, name: str) -> I
     torchrun sets them. Under Slurm and MPI missing variables are derived.
     """
     if topology.world_size == 1:
-        with contextlib.closing(LocalCoordinator(topology.host)) as coordinator:
+        with LocalCoordinator(topology.host) as coordinator:
             coordinator.operation = name
             yield coordinator
         return
     store = _rendezvous(topology, settings)
     try:
         ranks = tuple(range(topology.world_size))
-        with contextlib.closing(
-            _distributed_coordinator(store, ranks, topology, settings, name, topology.rank)
-        ) as coordinator:
+        with _distributed_coordinator(store, ranks, topology, settings, name, topology.rank) as coordinator:
             yield coordinator
     finally:
         _leave_together(store, topology, settings)

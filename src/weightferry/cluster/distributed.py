@@ -70,6 +70,7 @@ class DistributedCoordinator(Coordinator):
         self._clients, self._settings, self._prefix = clients, settings, prefix
         self.operation = operation
         self._began = time.monotonic()
+        self._leaves_early = False
         self._phases: list[str] = []  # all phases so far, by their names in the store
         self._failed_phases: list[str] = []
         self._job = JobState(job_ranks)
@@ -225,6 +226,11 @@ class DistributedCoordinator(Coordinator):
                 time.sleep(0.1)
                 informed = self._call(lambda: self._barrier.store.add("informed", 0), "close")
 
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # With an error this rank may leave before the other ranks do, while rank 0 reads the heartbeats.
+        self._leaves_early = kind is not None
+        self.close()
+
     def close(self) -> None:
         """See `Coordinator.close`; the last rank to leave removes the keys of the operation."""
         self._heartbeats.stop()
@@ -238,8 +244,17 @@ class DistributedCoordinator(Coordinator):
 
     def _remove_keys(self) -> None:
         store = self._barrier.store
-        store.delete_key(heartbeat_key(self.rank))
+        if self._leaves_early:
+            # A read of a key that vanishes at this moment would block for as long as the store's timeout.
+            put(store, heartbeat_key(self.rank), b"")
+            store.add("left early", 1)
+        else:
+            store.delete_key(heartbeat_key(self.rank))
         if store.add("left", 1) == self.world_size:
+            if store.check(["left early"]):
+                for rank in range(self.world_size):
+                    store.delete_key(heartbeat_key(rank))
+                store.delete_key("left early")
             self._barrier.remove_keys(self._phases, self._failed_phases)
             store.delete_key("informed")
             store.delete_key("left")

@@ -207,7 +207,8 @@ class ResultCollector:
     def _heartbeats(self) -> dict[int, bytes]:
         """Read the latest heartbeat of every watched rank that has sent one."""
         keys = self._heartbeat_keys()
-        return dict(zip(keys, self._barrier.store.multi_get(list(keys.values())), strict=True)) if keys else {}
+        beats = self._barrier.store.multi_get(list(keys.values())) if keys else []
+        return {rank: beat for rank, beat in zip(keys, beats, strict=True) if beat}  # empty: the rank left early
 
     def _heartbeat_keys(self) -> dict[int, str]:
         # multi_get blocks on missing keys. So ranks without a key are left out, in one request when all have one.
