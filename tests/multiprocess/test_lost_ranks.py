@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 from torch import distributed
@@ -255,6 +256,7 @@ def leave_between_look_and_read() -> tuple[int, float, int] | None:
     import torch.distributed as dist
 
     from weightferry.cluster.connect import process_group_coordinator
+    from weightferry.cluster.distributed import DistributedCoordinator
     from weightferry.cluster.heartbeat import heartbeat_key
     from weightferry.settings import Settings
 
@@ -268,7 +270,7 @@ def leave_between_look_and_read() -> tuple[int, float, int] | None:
             if jobs.rank() == 1:
                 store.wait(["looked"])
                 raise InterruptedError
-            seen = ranks._barrier.store
+            seen = cast(DistributedCoordinator, ranks)._barrier.store
             while not seen.check([heartbeat_key(1)]):
                 time.sleep(0.01)
             store.set("looked", "")
