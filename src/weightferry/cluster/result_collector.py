@@ -171,7 +171,7 @@ class ResultCollector:
         for rank, beat in beats.items():
             # A rank that has made another call is alive, but takes no part in this phase, and would never arrive.
             heartbeat = Heartbeat.loads(beat)
-            if rank in self._missing and heartbeat.call and heartbeat.phase != self._key:
+            if rank in self._missing and heartbeat.phase not in ("", self._key):
                 self._other_phases.add(heartbeat.phase)
         if self._other_phases:
             text = describe_calls(self._barrier.store, self._job.job_ranks)
