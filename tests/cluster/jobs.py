@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import sys
 import time
 
+import submitit
 import torch
 from torch import distributed as dist
+
+import weightferry
+from tests.cluster.origin import REPO, SIZES
 
 
 def add_up() -> tuple[int, float, str]:
@@ -31,3 +38,38 @@ def wait_for_ever(ready: str) -> None:
     with open(f"{ready}-{dist.get_rank()}", "w") as file:  # noqa: PTH123
         file.write(str(os.getpid()))
     time.sleep(600)
+
+
+def stage_then_group(join: str) -> dict[str, object]:
+    """Stage twice before there is a process group, then make one as a trainer does, and stage in it.
+
+    Parameters
+    ----------
+    join
+        How the variables of the process group come about: ``submitit``, ``slurm``, or ``set`` beforehand.
+    """
+    first = weightferry.stage(REPO)
+    second = weightferry.stage(REPO, allow_patterns="*.json")
+    assert not dist.is_initialized()
+    if join == "submitit":
+        submitit.helpers.TorchDistributedEnvironment().export()
+    elif join == "slurm":
+        os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"]}
+        os.environ |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    dist.init_process_group("gloo")
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    third = weightferry.stage(REPO)
+    found = {
+        "rank": dist.get_rank(),
+        "sum": float(ones),
+        "host": os.uname().nodename,
+        "same folder": first == second == third,
+        "sha256": {path: hashlib.sha256((third / path).read_bytes()).hexdigest() for path in SIZES},
+    }
+    dist.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(stage_then_group(sys.argv[1])) + "\n")

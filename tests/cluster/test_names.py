@@ -14,14 +14,18 @@ from tests.cluster.test_stage import check_every_node
 NODES = 2
 
 
-@pytest.mark.parametrize("rename", ["", "hostname node; "], ids=["unknown", "equal"])
-def test_leaders_find_each_other_by_their_addresses(hub: Served, testbed: Testbed, rename: str) -> None:
+# Without a number of the node from the launcher, as with variables that are set by hand.
+EQUAL = "hostname node && export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS && "
+
+
+@pytest.mark.parametrize("prepare", ["", EQUAL], ids=["unknown", "equal"])
+def test_leaders_find_each_other_by_their_addresses(hub: Served, testbed: Testbed, prepare: str) -> None:
     hosts, report = testbed.shared / "hosts", testbed.shared / "report-names.json"
     hosts.write_text("127.0.0.1 localhost\n")
-    cache = testbed.local / f"cache-names{len(rename)}"
+    cache = testbed.local / f"cache-names{len(prepare)}"
     stage = [sys.executable, "-m", "weightferry.cli", "stage", REPO, "--cache-dir", str(cache), "--report", str(report)]
     # In namespaces of its own each task has other names than its node.
-    script = f"mount --bind {hosts} /etc/hosts && {rename}exec {' '.join(stage)}"
+    script = f"mount --bind {hosts} /etc/hosts && {prepare}exec {' '.join(stage)}"
     command = ["srun", "--kill-on-bad-exit=1", f"-N{NODES}", "--ntasks-per-node=2", "unshare", "--mount", "--uts"]
     first = testbed.addresses[testbed.nodes[0]]
     environ = {**hub.environ, "MASTER_ADDR": first, "MASTER_PORT": "20123"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.multiprocess.nodes import Nodes
 
 LIMIT = 110.0  # seconds; four processes import torch on a busy machine
-WEIGHTFERRY = (sys.executable, "-m", "weightferry.cli")
+WEIGHTFERRY = (sys.executable, "-m", "weightferry")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def torchrun(nodes: Nodes, *arguments: str, ranks_an_agent: int = 2) -> list[Don
         run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
         run += ["--nproc-per-node", str(ranks_an_agent)]
         run += ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        run += ["--rdzv-conf", "is_host=0", "--local-addr", "127.0.0.1", "-m", "weightferry.cli", *arguments]
+        run += ["--rdzv-conf", "is_host=0", "--local-addr", "127.0.0.1", "-m", "weightferry", *arguments]
         return together([(run, clean_environ(nodes, rank)) for rank in (0, 2)], nodes.place / "agents")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.doubles import environ
-from weightferry.cluster.connect import master
-from weightferry.cluster.launchers import LAUNCHERS, Topology, read_topology
+from weightferry.cluster.launchers import LAUNCHERS, Topology, read_hints, read_topology
 from weightferry.cluster.machine import boot_id
+from weightferry.cluster.rendezvous import master
 from weightferry.errors import BadRequest, NotDistributed
 
 TORCHRUN = environ(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4, GROUP_RANK=1)
@@ -71,15 +71,40 @@ def test_a_batch_script_is_alone_though_its_variables_name_many_tasks() -> None:
     assert read(script) == Topology(host="h")
 
 
-def test_a_shell_with_half_of_the_variables_is_alone() -> None:
-    assert read(environ(WORLD_SIZE=8)) == read(environ(LOCAL_RANK=0)) == Topology(host="h")
+@pytest.mark.parametrize(("given", "missing"), [({"WORLD_SIZE": 8}, "RANK"), ({"RANK": 0}, "WORLD_SIZE")])
+def test_half_of_the_variables(given: dict[str, object], missing: str) -> None:
+    with pytest.raises(BadRequest, match=f"is set, and {missing} is not. Set both"):
+        read(environ(**given))
+    # A launcher that sets its own variables needs no other ones.
+    assert read(SRUN, **given) == read(SRUN)
+
+
+def test_variables_that_make_no_rank() -> None:
+    assert read(environ(LOCAL_RANK=0)) == read(environ(WORLD_SIZE=1)) == Topology(host="h")
+    # What many batch scripts export for their srun.
+    assert read(environ(WORLD_SIZE=8, SLURM_JOB_ID=7, SLURM_PROCID=0)) == Topology(host="h")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.name)
 @pytest.mark.parametrize(("rank", "size"), [(4, 4), (-1, 4), ("x", 4), (0, ""), (0, 0), ("1.5", 4)])
 def test_contradictions(launcher, rank: object, size: object) -> None:
+    variables = {launcher.rank: str(rank), launcher.world_size: str(size)}
     with pytest.raises(BadRequest, match=rf"{launcher.rank}|{launcher.world_size}"):
-        read({launcher.rank: str(rank), launcher.world_size: str(size)})
+        read(variables)
+    assert read_hints(variables, host=lambda: "h") == Topology(host="h")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK must be a whole number, it is 'x'"),
+        ({"LOCAL_RANK": 4}, "LOCAL_RANK=4 is not a rank of LOCAL_WORLD_SIZE=4"),
+        ({"RANK": 0, "WORLD_SIZE": 1}, "LOCAL_WORLD_SIZE=4 ranks on one node are more than WORLD_SIZE=1"),
+    ],
+)
+def test_contradictions_on_a_node(changed: dict[str, object], text: str) -> None:
+    with pytest.raises(BadRequest, match=text):
+        read(TORCHRUN, **changed)
 
 
 def test_every_launcher_wins_over_the_next() -> None:
@@ -101,6 +126,11 @@ class TestMaster:
     def test_what_is_set_is_kept(self) -> None:
         given = environ(MASTER_ADDR="a", MASTER_PORT=1)
         assert master(read(TORCHRUN), given) == given
+
+    @pytest.mark.parametrize("port", ["x", "0", "-1", "65536", "80.5", "²"])
+    def test_a_port_that_is_none(self, port: str) -> None:
+        with pytest.raises(BadRequest, match=f"MASTER_PORT must be a number from 1 to 65535, it is '{port}'"):
+            master(read(TORCHRUN), environ(MASTER_ADDR="a", MASTER_PORT=port))
 
     def test_one_node_needs_no_name(self) -> None:
         local = read(environ(SUBMITIT_LOCAL_GLOBALID=1, SUBMITIT_LOCAL_NTASKS=2))

@@ -58,10 +58,8 @@ def caller_of_package(frame: FrameType | None = None) -> FrameType | None:
     return next(_outside(frame or sys._getframe(1)), None)  # noqa: SLF001 -- the documented way to a frame
 
 
-def find_call_site(function: str, frame: FrameType | None) -> CallSite:
+def find_call_site(function: str, frame: FrameType | None, *, with_guard: bool = True) -> CallSite:
     """Describe a call and its guard.
-
-    Reads and parses the file of the caller, which takes milliseconds; meant for calls that already wait.
 
     Parameters
     ----------
@@ -69,6 +67,8 @@ def find_call_site(function: str, frame: FrameType | None) -> CallSite:
         Name of the called function.
     frame
         The frame of the caller, from `caller_of_package`. The call must not have returned.
+    with_guard
+        Look for the guard. This parses the file of the caller, which takes milliseconds; for calls that already wait.
     """
     if frame is None:
         return CallSite(function)
@@ -76,6 +76,8 @@ def find_call_site(function: str, frame: FrameType | None) -> CallSite:
     place = f"{Path(code.co_filename).name}:{frame.f_lineno}"
     if code.co_name != "<module>":
         place += f" in {code.co_name}"
+    if not with_guard:
+        return CallSite(function, place)
     guards = (guard for one in _outside(frame) if (guard := _guard_of(one)))
     return CallSite(function, place, next(guards, ""))
 

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from datetime import timedelta
-from subprocess import run
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from weightferry.cluster.call_site import caller_of_package, find_call_site
 from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
-from weightferry.cluster.launchers import Topology, read_topology
-from weightferry.errors import BadRequest, NotDistributed
+from weightferry.cluster.launchers import Topology, read_hints, read_topology
+from weightferry.cluster.rendezvous import (
+    StoreAddress,
+    address_beside_process_group,
+    connect_store,
+    leave_together,
+    master,
+)
+from weightferry.errors import BadRequest
 from weightferry.settings import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
     from weightferry.cluster.store import StoreClients
-
-logger = logging.getLogger(__name__)
 
 # The clients of the store that was used last. A process has one default group at a time.
 _clients: StoreClients | None = None
@@ -38,8 +39,6 @@ _launcher_store: Store | None = None
 # same order, so equal numbers name the same operation. A new process group in this process may use the same store, so
 # the count goes on.
 _operations: Counter[tuple[int, ...]] = Counter()
-
-_WARN_AFTER = 8.0  # seconds without a connection to the other ranks
 
 
 @contextlib.contextmanager
@@ -68,14 +67,15 @@ def process_group_coordinator(
     BadRequest
         This process is not in `group`.
     """
-    topology, caller = read_topology(), caller_of_package()
-    store, ranks = _members(group) if not alone else (None, (topology.rank,))
+    caller = caller_of_package()
+    store, ranks = _members(group) if not alone else (None, (read_hints().rank,))
+    topology = read_hints() if ranks else read_topology()
     with contextlib.ExitStack() as stack:
         if not ranks and topology.world_size > 1:
             store = _meet_before_process_group(topology, settings, name, caller)
             ranks = tuple(range(topology.world_size))
-            number = _operations[ranks]
-            stack.callback(lambda: _leave_together(store, topology, settings, f"weightferry/bye-{number}"))
+            key = f"weightferry/bye-{_operations[ranks]}"
+            stack.enter_context(_leaving_together(store, topology, settings, key))
         coordinator = (
             LocalCoordinator(topology.host, topology.rank)
             if store is None
@@ -99,25 +99,30 @@ def launcher_coordinator(settings: Settings, topology: Topology, name: str) -> I
             yield coordinator
         return
     store = _rendezvous(topology, settings, name)
-    try:
-        ranks = tuple(range(topology.world_size))
-        with _distributed_coordinator(store, ranks, topology, settings, name) as coordinator:
-            yield coordinator
-    finally:
-        _leave_together(store, topology, settings, "weightferry/bye")
+    ranks = tuple(range(topology.world_size))
+    with (
+        _leaving_together(store, topology, settings, "weightferry/bye"),
+        _distributed_coordinator(store, ranks, topology, settings, name) as coordinator,
+    ):
+        yield coordinator
 
 
 def _members(group: ProcessGroup | None) -> tuple[Store | None, tuple[int, ...]]:
     """Return the store that connects the ranks of a group, and these ranks.
 
     A group of one rank has no store. Without a process group there are no ranks either.
+
+    Raises
+    ------
+    BadRequest
+        This process is not in the group.
     """
     # A process that has not imported torch has no process group, so torch need not be imported here.
     if "torch.distributed" not in sys.modules:
         return None, ()
     from torch import distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized() or (group is None and dist.get_world_size() == 1):
+    if not dist.is_available() or not dist.is_initialized():
         return None, ()
     # For a rank outside the group, torch passes a number in place of the group.
     if group is not None and dist.get_rank(group) < 0:
@@ -166,134 +171,25 @@ def _rendezvous(topology: Topology, settings: Settings, name: str) -> Store:
     # Our errors describe a lost peer better than the log of the store's client. torch reads this variable at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.update(master(topology, os.environ))
-    return _connect_store(topology, settings, name, int(os.environ["MASTER_PORT"]), os.environ)
+    address = StoreAddress(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return connect_store(topology, settings, address, name)
 
 
 def _meet_before_process_group(topology: Topology, settings: Settings, name: str, caller: FrameType | None) -> Store:
     """Return the store of a launcher's ranks, kept for the life of the process."""
     global _launcher_store
     if _launcher_store is None:
-        found = master(topology, os.environ)
-        # torchrun's agent holds its store at MASTER_PORT. Elsewhere a later init_process_group needs that port.
-        port = int(found["MASTER_PORT"])
-        if not _has_agent_store():
-            port = port_for("/".join((found["MASTER_ADDR"], found["MASTER_PORT"], "weightferry")))
-        call = str(find_call_site(name, caller))
-        _launcher_store = _connect_store(topology, settings, call, port, {**os.environ, **found})
+        address = address_beside_process_group(topology, os.environ)
+        _launcher_store = connect_store(topology, settings, address, str(find_call_site(name, caller)))
     return _launcher_store
 
 
-def _has_agent_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-
-
-def _connect_store(topology: Topology, settings: Settings, call: str, port: int, environ: Mapping[str, str]) -> Store:
-    """Connect to the store that the ranks of a launcher meet on; rank 0 holds it, unless the agent of torchrun does."""
-    from torch import distributed as dist
-
-    from weightferry.cluster.store import call_abandonable
-
-    address, timeout = environ["MASTER_ADDR"], timedelta(seconds=settings.agree_timeout)
-    where = f"{address}:{port}"
-    failed = (
-        f"rank {topology.rank} on {topology.host} could not connect to the other {topology.world_size - 1} ranks at "
-        f"{where}"
-    )
-    began = warned = time.monotonic()
-
-    def connect() -> Store:
-        if _has_agent_store():
-            agent_store: Store
-            agent_store, _, _ = next(dist.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout))
-            return agent_store
-        return dist.TCPStore(address, port, topology.world_size, topology.rank == 0, timeout)
-
-    def check() -> None:
-        nonlocal warned
-        now = time.monotonic()
-        if now - warned > _WARN_AFTER and warned == began:
-            warned = now
-            logger.warning(
-                "waiting for %.0f s for all ranks to call: rank %d calls %s", now - began, topology.rank, call
-            )
-        if now - began > settings.agree_timeout + _WARN_AFTER:
-            # The connection has a timeout of its own. It does not end when the peer accepts and then says nothing.
-            raise NotDistributed(
-                f"{failed}: a program that is no torch.distributed store listens there, or stopped answering. Set "
-                "MASTER_ADDR and MASTER_PORT to the node of rank 0 and to a free port on it."
-            )
-
+@contextlib.contextmanager
+def _leaving_together(store: Store, topology: Topology, settings: Settings, key: str) -> Iterator[None]:
+    """Keep this rank until the other ranks have left too; after a failure, only until they must have learned of it."""
     try:
-        return call_abandonable(connect, check)
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, NotDistributed):
-            raise
-        raise NotDistributed(
-            f"{failed} within {settings.agree_timeout:g} s (MASTER_ADDR={address}). Every rank must make the same "
-            f"call, and reach rank 0 there; to work in this process alone, pass coordinate=False. {error}"
-        ) from error
-
-
-def _leave_together(store: Store, topology: Topology, settings: Settings, key: str) -> None:
-    """Wait for the other ranks: the store may be in rank 0, and a launcher ends all ranks as soon as one rank fails."""
-    from torch import distributed as dist
-
-    others = [f"{key}/{rank}" for rank in range(1, topology.world_size)]
-    limit = timedelta(seconds=settings.beat_timeout)
-    with contextlib.suppress(dist.DistError):
-        if topology.rank == 0:
-            store.wait(others, limit)
-            store.set(f"{key}/0", "")
-            store.wait([f"{key}/0/read"], limit)
-        else:
-            store.set(f"{key}/{topology.rank}", "")
-            store.wait([f"{key}/0"], limit)
-            if store.add(key, 1) == topology.world_size - 1:
-                store.set(f"{key}/0/read", "")
-
-
-def master(topology: Topology, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the address of the store on rank 0: ``MASTER_ADDR`` and ``MASTER_PORT``, derived if they are not set.
-
-    Raises
-    ------
-    NotDistributed
-        The launcher does not tell which node has rank 0.
-    """
-    address = environ.get("MASTER_ADDR") or _address(topology, environ)
-    port = environ.get("MASTER_PORT") or str(_port(environ))
-    return {"MASTER_ADDR": address, "MASTER_PORT": port}
-
-
-def _address(topology: Topology, environ: Mapping[str, str]) -> str:
-    if topology.local_world_size == topology.world_size:
-        return "127.0.0.1"
-    # Under mpirun the Slurm step is that of its daemons. Its ranks start on the first node of the job.
-    nodes = environ.get("SLURM_STEP_NODELIST" if topology.launcher == "slurm" else "SLURM_JOB_NODELIST")
-    if nodes:
-        return _first_node(nodes)
-    raise NotDistributed(
-        f"{topology.launcher} started {topology.world_size} ranks and does not say which node has rank 0: set "
-        "MASTER_ADDR to its address (mpirun -x MASTER_ADDR=...), or call "
-        'torch.distributed.init_process_group("gloo") first'
-    )
-
-
-def _first_node(nodes: str) -> str:
-    if "[" not in nodes:
-        return nodes.partition(",")[0]
-    # Only Slurm's own tool expands its short form, w[0-3,7].
-    listed = run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if listed.returncode or not listed.stdout.split():
-        raise BadRequest(f"scontrol could not expand {nodes!r}: {listed.stderr.strip()}; set MASTER_ADDR")
-    return listed.stdout.split()[0]
-
-
-def _port(environ: Mapping[str, str]) -> int:
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-    return port_for("/".join(environ.get(name, "") for name in names))
-
-
-def port_for(job: str) -> int:
-    """Return a port that all ranks of one job choose, and hardly any other job; below the ephemeral ports."""
-    return 20000 + zlib.crc32(job.encode()) % 10000
+        yield
+    except BaseException:
+        leave_together(store, topology, key, 2 * settings.beat_interval)
+        raise
+    leave_together(store, topology, key, settings.beat_timeout)

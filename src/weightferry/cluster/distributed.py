@@ -35,10 +35,16 @@ logger = logging.getLogger(__name__)
 
 # By operation, the function that users call.
 _FUNCTIONS = {"collect": "collect_files", "load": "load_collected"}
+_REMIND_EVERY = 60.0  # seconds between two warnings that rank 0 has not called
 _POLL = 0.02  # seconds between two looks whether all ranks know of a failure
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def _address_towards(store: dist.Store) -> str:
+    host = store_host(store)
+    return local_address(host) if host else ""
 
 
 class DistributedCoordinator(Coordinator):
@@ -74,11 +80,14 @@ class DistributedCoordinator(Coordinator):
         operation: str = "",
         caller: FrameType | None = None,
     ) -> None:
-        super().__init__(rank, len(job_ranks), topology.host, f"{topology.host}/{topology.node_rank}", job_ranks)
-        self._clients, self._settings, self._prefix = clients, settings, prefix
+        address = _address_towards(clients.store)
+        # Nodes may have one host name, and no number.
+        node = f"{topology.host}/{topology.node_rank}/{address}"
+        super().__init__(rank, len(job_ranks), topology.host, node, job_ranks)
+        self._clients, self._settings, self._prefix, self._address = clients, settings, prefix, address
         self.operation = operation
         self._function, self._caller = _FUNCTIONS.get(operation, operation), caller
-        self._began = time.monotonic()
+        self._began = self._reminded = time.monotonic()
         self._leaves_early = False
         self._phases: list[str] = []  # all phases so far, by their names in the store
         self._failed_phases: list[str] = []
@@ -92,7 +101,7 @@ class DistributedCoordinator(Coordinator):
                 side = self._call(lambda: clients.side, "agree")
                 self._rank0_barrier = StoreBarrier(dist.PrefixStore(prefix, side))
                 self._heartbeats = self._new_heartbeats(self._rank0_barrier)
-            first = Heartbeat(0).dumps()
+            first = Heartbeat(0, call=find_call_site(self._function, caller, with_guard=False)).dumps()
             self._call(lambda: put(self._barrier.store, heartbeat_key(rank), first), "agree")
         self._heartbeats.start()
 
@@ -124,8 +133,7 @@ class DistributedCoordinator(Coordinator):
 
         On the machine of the store it may be a loopback address.
         """
-        host = store_host(self._clients.store)
-        return local_address(host) if host else ""
+        return self._address
 
     @contextlib.contextmanager
     def scoped_store(self, name: str) -> Iterator[dist.Store]:
@@ -181,14 +189,18 @@ class DistributedCoordinator(Coordinator):
         return value
 
     def _wait(self, key: str, phase: str) -> PhaseResult:
-        return self._barrier.wait(key, self._settings.beat_timeout, lambda: self._check_rank0_called(phase))
+        check_every = min(self._settings.beat_timeout, self._settings.agree_timeout / 4)
+        return self._barrier.wait(key, check_every, lambda: self._check_rank0_called(phase))
 
     def _check_rank0_called(self, phase: str) -> None:
-        waited = time.monotonic() - self._began
+        now = time.monotonic()
+        waited = now - self._began
         if waited > self._settings.agree_timeout:
             calls = describe_calls(self._barrier.store, self.job_ranks)
             raise self._rank0_lost(phase, f"no call in {waited:.0f} s: {calls}")
-        logger.warning("waiting for %.0f s for rank %d, which has not called yet", waited, self.job_ranks[0])
+        if now - self._reminded > _REMIND_EVERY:
+            self._reminded = now
+            logger.warning("waiting for %.0f s for rank %d, which has not called yet", waited, self.job_ranks[0])
 
     def _acknowledge_failure(self, key: str, result: PhaseResult) -> None:
         """Record that this rank knows of a failure. Rank 0 waits for the other ranks: the store may end with it."""

@@ -7,7 +7,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import distributed as dist
 
@@ -36,9 +36,9 @@ class Heartbeat:
     progress
         Progress of the rank; None while no bytes are expected.
     call
-        Where the user's code made the call; None after the first phase, and in the first seconds of it.
+        Where the user's code made the call, in the first heartbeat without its guard; None after the first phase.
     phase
-        Name in the store of the phase that the rank works in; empty when `call` is None.
+        Name in the store of the phase that the rank works in; empty in the first heartbeat and after the first phase.
     """
 
     count: int
@@ -75,23 +75,27 @@ def describe_calls(store: dist.Store, job_ranks: Sequence[int], function: str = 
         What ranks call that are past the first phase: their heartbeats do not say it.
     """
     callers: dict[str, list[int]] = {}
+    guards: dict[str, str] = {}
     absent: list[int] = []
-    guarded = False
     for rank, job_rank in enumerate(job_ranks):
         if not store.check([heartbeat_key(rank)]):
             absent.append(job_rank)
             continue
         beat = store.get(heartbeat_key(rank))
         call = Heartbeat.loads(beat).call if beat else None  # empty: the rank left early
-        guarded |= bool(call and call.guard)
-        callers.setdefault(str(call) if call else "", []).append(job_rank)
+        text = str(replace(call, guard="")) if call else function
+        callers.setdefault(text, []).append(job_rank)
+        if call and call.guard:
+            guards[text] = f" inside {call.guard}"
     said = [
-        f"ranks {format_ranks(ranks)} call {text}" if ranks[1:] else f"rank {ranks[0]} calls {text}"
-        for text, ranks in ((text or function, ranks) for text, ranks in callers.items())
+        f"ranks {format_ranks(ranks)} call {text}{guards.get(text, '')}"
+        if ranks[1:]
+        else f"rank {ranks[0]} calls {text}{guards.get(text, '')}"
+        for text, ranks in callers.items()
     ]
     if absent:
         said.append(f"rank{'s' * (len(absent) > 1)} {format_ranks(absent)} did not call yet")
-    advice = "call it on every rank, without the guard" if guarded else "every rank must make the same call"
+    advice = "call it on every rank, without the guard" if guards else "every rank must make the same call"
     return f"{'; '.join(said)}. It is collective: {advice}, or pass coordinate=False for this process alone."
 
 
@@ -203,14 +207,16 @@ class HeartbeatSender:
         if self._call is None:
             # Not earlier: most operations are over before the first heartbeat, and this parses the user's file.
             self._call = self._call_site()
-            if self._call.guard:
-                logger.warning("%s: it is collective, so call it on every rank, without the guard", self._call)
         return Heartbeat(sent, self._progress(), self._call, self._current_phase())
 
     def _report_calls(self, barrier: StoreBarrier) -> None:
-        """Log once which ranks have made the call: one waiting rank finds out, and the others read it."""
+        """Log once which ranks have made the call: one waiting rank finds out, and the others read it.
+
+        A rank whose call stands in a guard does not wait for more ranks to come.
+        """
         waited = time.monotonic() - self._began
-        if waited < min(_REPORT_AFTER, self._settings.agree_timeout / 2):
+        in_guard = self._call is not None and self._call.guard
+        if not in_guard and waited < min(_REPORT_AFTER, self._settings.agree_timeout / 2):
             return
         text = barrier.shared_text("calls", lambda: describe_calls(barrier.store, self._job_ranks))
         if text is not None:

@@ -65,6 +65,12 @@ LAUNCHERS = (
     Launcher("pmix", "PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE"),
 )
 
+_CORRECT = "Correct them, or start the ranks with torchrun, srun or mpirun, which set them."
+_COMPLETE = (
+    "Set both in each process of a job, as torchrun does; in a process that is no rank of a job, remove it, or pass "
+    "coordinate=False."
+)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -101,35 +107,68 @@ def read_topology(environ: Mapping[str, str] | None = None, host: Callable[[], s
     Raises
     ------
     BadRequest
-        The variables of a launcher contradict each other.
+        The variables of a launcher contradict each other, or only a part of them is set.
     """
     environ = os.environ if environ is None else environ
     for launcher in LAUNCHERS:
         if launcher.rank in environ and launcher.world_size in environ:
             return _read(launcher, environ, host())
+    _check_half_set(environ)
     return Topology(host=host())
+
+
+def read_hints(environ: Mapping[str, str] | None = None, host: Callable[[], str] = socket.gethostname) -> Topology:
+    """Return the same for a process whose ranks are known otherwise; variables that make no sense count as not set."""
+    try:
+        return read_topology(environ, host)
+    except BadRequest:
+        return Topology(host=host())
 
 
 def _read(launcher: Launcher, environ: Mapping[str, str], host: str) -> Topology:
     rank, size = _int(environ, launcher.rank), _int(environ, launcher.world_size)
-    local_rank = environ.get(launcher.local_rank, "")
+    _check_below(launcher.rank, rank, launcher.world_size, size)
+    local_rank = _int(environ, launcher.local_rank) if environ.get(launcher.local_rank) else 0
     local_size = environ.get(launcher.local_world_size, "")
-    if not 0 <= rank < size:
-        raise BadRequest(f"{launcher.rank}={rank} is not a rank of {launcher.world_size}={size}")
+    # Slurm writes "2(x4),1" when nodes differ. That is no number, and is not needed.
+    known_local_size = int(local_size) if local_size.isdigit() else None
+    if known_local_size is not None:
+        _check_below(launcher.local_rank, local_rank, launcher.local_world_size, known_local_size)
+        if known_local_size > size:
+            raise BadRequest(
+                f"{launcher.local_world_size}={known_local_size} ranks on one node are more than {launcher.world_size}="
+                f"{size} ranks of the job. {_CORRECT}"
+            )
     return Topology(
         rank=rank,
         world_size=size,
-        local_rank=int(local_rank) if local_rank.isdigit() else 0,
-        # Slurm writes "2(x4),1" when nodes differ. That is no number, and is not needed.
-        local_world_size=int(local_size) if local_size.isdigit() else None,
+        local_rank=local_rank,
+        local_world_size=known_local_size,
         launcher=launcher.name,
         host=host,
         node_rank=environ.get(launcher.node_rank, ""),
     )
 
 
+def _check_below(rank_name: str, rank: int, size_name: str, size: int) -> None:
+    if not 0 <= rank < size:
+        raise BadRequest(
+            f"{rank_name}={rank} is not a rank of {size_name}={size}: ranks are numbered from 0 to {size_name}-1. "
+            f"{_CORRECT}"
+        )
+
+
+def _check_half_set(environ: Mapping[str, str]) -> None:
+    """Raise an error if ``RANK`` or ``WORLD_SIZE`` is missing: each rank would take itself for a whole job."""
+    if "RANK" in environ:
+        raise BadRequest(f"RANK={environ['RANK']} is set, and WORLD_SIZE is not. {_COMPLETE}")
+    # A batch script of Slurm often sets the size for its ranks, and has no rank itself.
+    if environ.get("WORLD_SIZE", "1") != "1" and "SLURM_JOB_ID" not in environ:
+        raise BadRequest(f"WORLD_SIZE={environ['WORLD_SIZE']} is set, and RANK is not. {_COMPLETE}")
+
+
 def _int(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise BadRequest(f"{name} must be a whole number, it is {environ[name]!r}") from None
+        raise BadRequest(f"{name} must be a whole number, it is {environ[name]!r}. {_CORRECT}") from None

@@ -175,7 +175,8 @@ class ResultCollector:
         for rank, beat in beats.items():
             # A rank that has made another call is alive, but takes no part in this phase, and would never arrive.
             heartbeat = Heartbeat.loads(beat)
-            if rank in self._missing and heartbeat.call and heartbeat.call.function != self._function:
+            other = heartbeat.call is not None and heartbeat.call.function != self._function
+            if rank in self._missing and other and heartbeat.phase:
                 self._other_phases.add(heartbeat.phase)
         if self._other_phases and self._all_have_told(beats, waited):
             text = self._describe_calls()
@@ -194,7 +195,7 @@ class ResultCollector:
     def _all_have_told(self, beats: Mapping[int, bytes], waited: float) -> bool:
         """Return whether each rank has said what it calls, or had the time of two heartbeats for it."""
         self._mismatch_at = self._mismatch_at or waited
-        told = sum(Heartbeat.loads(beat).call is not None for beat in beats.values())
+        told = sum(bool(Heartbeat.loads(beat).phase) for beat in beats.values())
         return told == len(self._job.job_ranks) or waited - self._mismatch_at > 2 * self._settings.beat_interval
 
     def _stalled_ranks(self) -> dict[int, Failure]:

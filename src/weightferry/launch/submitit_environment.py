@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import submitit
 
-from weightferry.cluster.connect import port_for
 from weightferry.cluster.interfaces import interface_towards
+from weightferry.cluster.rendezvous import port_for
 
 # torchrun sets these for its ranks. A command that starts ranks of its own must not see those of the task it runs in.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")

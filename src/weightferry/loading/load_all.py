@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weightferry.cluster.coordinator import Coordinator
-from weightferry.cluster.launchers import read_topology
+from weightferry.cluster.launchers import read_hints
 from weightferry.errors import PlanMismatch
 from weightferry.loading.digest import Digests, combine_digests, difference_error, find_differing, tensor_digests
 from weightferry.loading.hook_registry import Hook
@@ -49,7 +49,7 @@ def load_all(coordinator: Coordinator, make_requests: Callable[[], Mapping[str, 
         requests.update(make_requests())
         for name, request in requests.items():
             check_loadable(name, request.obj, request.custom_hook)  # cheap: before the first file is opened
-        topology = read_topology()
+        topology = read_hints()
         files = [file for request in requests.values() for file in list_weight_files(request.path)]
         read_ahead(files, topology.local_rank, topology.local_world_size or 1, coordinator.check)
         for name, request in requests.items():
