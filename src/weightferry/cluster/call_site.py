@@ -113,7 +113,7 @@ def _is_in_if_main_process(frame: FrameType) -> bool:
         return False  # without reading the source
     return any(
         isinstance(node, ast.If) and _is_true_only_if(node.test, name) and _encloses(node.body, frame.f_lineno)
-        for node in ast.walk(_parse(frame))
+        for node in ast.walk(_parse(_source(frame)))
     )
 
 
@@ -143,8 +143,10 @@ def _guard_of(frame: FrameType) -> str:
 
 def _guard_in_source(frame: FrameType) -> str:
     """Find a `with` or an `if` around the running line of a frame that only some ranks enter at a time."""
-    guard = ""
-    for node in ast.walk(_parse(frame)):  # outer statements come first, so the innermost guard wins
+    source, guard = _source(frame), ""
+    if not any(name in source for name in _GUARD_CONTEXTS | _GUARD_CONDITIONS):
+        return ""  # without parsing: below the call there may be a hundred frames of large libraries
+    for node in ast.walk(_parse(source)):  # outer statements come first, so the innermost guard wins
         if not isinstance(node, ast.With | ast.If) or not _encloses(node.body, frame.f_lineno):
             continue
         if isinstance(node, ast.With):
@@ -155,10 +157,15 @@ def _guard_in_source(frame: FrameType) -> str:
     return guard
 
 
-def _parse(frame: FrameType) -> ast.Module:
-    """Return the tree of the file of a frame; without content if the file cannot be read."""
+def _source(frame: FrameType) -> str:
+    """Return the text of the file of a frame; empty if the file cannot be read."""
+    return "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+
+
+def _parse(source: str) -> ast.Module:
+    """Return the tree of a text; without content if the text is not Python."""
     try:
-        return ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ast.Module([], [])
 

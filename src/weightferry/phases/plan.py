@@ -40,19 +40,14 @@ def plan(manifest: Manifest, surveys: Mapping[int, DomainSurvey]) -> Plan:
             edge for survey in surveys.values() for span in survey.partial_ranges.get(index, ()) for edge in span
         },
     )
-    lacks = {
-        leader: frozenset(n for n, piece in enumerate(pieces) if not _holds(survey, piece))
-        for leader, survey in surveys.items()
-    }
-    held_by_none = [number for number in range(len(pieces)) if all(number in missing for missing in lacks.values())]
+    lacks = _lacks(pieces, surveys)
+    held_by_none = sorted(frozenset(range(len(pieces))).intersection(*set(lacks.values())))
     _check_readable(manifest, surveys, [index for number in held_by_none for index in pieces[number].files])
     reads: dict[int, list[int]] = {leader: [] for leader in surveys}
-    load = dict.fromkeys(surveys, 0)
+    readers_by_load = _Readers(surveys)
     for number in held_by_none:
         piece = pieces[number]
-        reader = _choose_reader(piece, manifest.source_of(piece.files[0]), surveys, load)
-        reads[reader].append(number)
-        load[reader] += piece.size - _bytes_held(surveys[reader], piece)
+        reads[readers_by_load.choose(piece, manifest.source_of(piece.files[0]))].append(number)
     return Plan(pieces, lacks, {leader: tuple(numbers) for leader, numbers in reads.items()})
 
 
@@ -70,15 +65,52 @@ def _check_readable(manifest: Manifest, surveys: Mapping[int, DomainSurvey], ind
         raise type(reason)(f"{reason}; no node has {len(names)} files: {', '.join(names)}", subject=reason.subject)
 
 
-def _choose_reader(piece: Piece, source: int, surveys: Mapping[int, DomainSurvey], load: Mapping[int, int]) -> int:
-    """Choose among the leaders that may read the piece.
+def _lacks(pieces: Sequence[Piece], surveys: Mapping[int, DomainSurvey]) -> dict[int, frozenset[int]]:
+    """Return by leader the pieces that its domain lacks. Most domains have the same files, and no parts of others."""
+    by_files: dict[frozenset[int], frozenset[int]] = {}
+    lacks = {}
+    for leader, survey in surveys.items():
+        files = frozenset(survey.complete)
+        missing = None if survey.partial_ranges else by_files.get(files)
+        if missing is None:
+            missing = frozenset(number for number, piece in enumerate(pieces) if not _holds(survey, piece))
+            if not survey.partial_ranges:
+                by_files[files] = missing
+        lacks[leader] = missing
+    return lacks
+
+
+class _Readers:
+    """Chooses the leader that reads a piece, and counts the bytes that each leader has to read.
 
     A leader with the files in the user's Hugging Face cache wins; then the one that holds most of the piece; then the
-    one with the fewest bytes to read.
+    one with the fewest bytes to read. Only leaders that may hold part of a piece are asked for it: a job of thousands
+    of nodes has as many leaders.
     """
-    local = [leader for leader, survey in surveys.items() if survey.in_user_cache.issuperset(piece.files)]
-    able = local or [leader for leader, survey in surveys.items() if _may_read(survey, source, piece.files)]
-    return min(able, key=lambda leader: (-_bytes_held(surveys[leader], piece), load[leader]))
+
+    def __init__(self, surveys: Mapping[int, DomainSurvey]) -> None:
+        self._surveys = surveys
+        self._with_user_cache = [leader for leader, survey in surveys.items() if survey.in_user_cache]
+        self._with_parts = {leader for leader, survey in surveys.items() if survey.partial_ranges}
+        self._reaching: dict[int, list[int]] = {}
+        self._load = dict.fromkeys(surveys, 0)
+
+    def choose(self, piece: Piece, source: int) -> int:
+        """Return the leader that reads the piece from this source."""
+        able = self._able(piece, source)
+        held = {leader: _bytes_held(self._surveys[leader], piece) for leader in self._with_parts.intersection(able)}
+        most = max(held.values(), default=0)
+        if most:
+            able = [leader for leader in able if held.get(leader) == most]
+        reader = min(able, key=self._load.__getitem__)
+        self._load[reader] += piece.size - held.get(reader, 0)
+        return reader
+
+    def _able(self, piece: Piece, source: int) -> list[int]:
+        local = [one for one in self._with_user_cache if self._surveys[one].in_user_cache.issuperset(piece.files)]
+        if not local and source not in self._reaching:
+            self._reaching[source] = [one for one, survey in self._surveys.items() if source not in survey.unreachable]
+        return local or self._reaching[source]
 
 
 def _may_read(survey: DomainSurvey, source: int, files: Sequence[int]) -> bool:
