@@ -235,8 +235,7 @@ def _first_host(topology: Topology, environ: Mapping[str, str]) -> str:
         return _first_node(nodes)
     raise NotDistributed(
         f"{topology.launcher} started {topology.world_size} ranks and does not say which node has rank 0: set "
-        "MASTER_ADDR to its address "
-        "(mpirun -x MASTER_ADDR=...)"
+        "MASTER_ADDR to its address (mpirun -x MASTER_ADDR=...)"
     )
 
 
