@@ -81,6 +81,7 @@ def test_the_function_around_a_call_is_named(called_from: Callable[..., CallSite
         ("speechbrain.utils.distributed", "run_on_main", "SpeechBrain's run_on_main"),
         ("speechbrain.utils.distributed", "main_proc_wrapped_func", "SpeechBrain's main_process_only"),
         ("lightning_utilities.core.rank_zero", "wrapped_fn", "Lightning's rank_zero_only"),
+        ("accelerate.accelerator", "_inner", "accelerate's on_main_process or a decorator like it"),
         ("somebody.else", "wrapped_fn", ""),
     ],
 )

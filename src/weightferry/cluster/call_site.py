@@ -18,7 +18,7 @@ _GUARD_FUNCTIONS = {
     ("speechbrain.utils.distributed", "main_proc_wrapped_func"): "SpeechBrain's main_process_only",
     ("speechbrain.utils.distributed", "once_per_node_wrapped_fn"): "SpeechBrain's once_per_node",
     ("lightning_utilities.core.rank_zero", "wrapped_fn"): "Lightning's rank_zero_only",
-    ("accelerate.state", "wrapper"): "accelerate's on_main_process",
+    ("accelerate.accelerator", "_inner"): "accelerate's on_main_process or a decorator like it",
 }
 _IF_MAIN = "`if if_main_process():`"
 _HOOKS = {"prepare_data": ("lightning", "pytorch_lightning")}
