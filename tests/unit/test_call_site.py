@@ -100,6 +100,22 @@ def test_a_hook_of_lightning(called_from: Callable[..., CallSite]) -> None:
     assert called_from(text, run=lambda f: f()).guard == ""
 
 
+def test_only_sources_that_name_a_guard_are_read(called_from: Callable[..., CallSite], tmp_path: Path) -> None:
+    """The source of a large library, which may be on the stack, takes seconds to parse on a busy machine."""
+    library, read = types.ModuleType("library"), list[str]()
+
+    class Loader:
+        def get_source(self, name: str) -> str:
+            read.append(name)
+            return ""
+
+    for name, text in {"plain": "def run(f):\n    return f()", "guards": "def run(f, rank=0):\n    return f()"}.items():
+        library.__dict__.update(__name__=name, __loader__=Loader())
+        exec(compile(text, str(tmp_path / f"{name}.not-there"), "exec"), library.__dict__)
+        called_from("run(lambda: call())", run=library.__dict__["run"])
+    assert read == ["guards"]
+
+
 def test_a_call_without_a_file() -> None:
     namespace: dict[str, Any] = {"get": lambda: find_call_site("stage", sys._getframe(1)), "__name__": "notebook"}
     exec("if rank == 0:\n    site = get()", {**namespace, "rank": 0}, namespace)

@@ -109,8 +109,8 @@ def main_process_guard(frame: FrameType | None) -> str:
 
 def _is_in_if_main_process(frame: FrameType) -> bool:
     name = "if_main_process"
-    if name not in (*frame.f_code.co_names, *frame.f_code.co_freevars, *frame.f_code.co_varnames):
-        return False  # without reading the source
+    if not _uses(frame, {name}):
+        return False
     return any(
         isinstance(node, ast.If) and _is_true_only_if(node.test, name) and _encloses(node.body, frame.f_lineno)
         for node in ast.walk(_parse(frame))
@@ -144,6 +144,8 @@ def _guard_of(frame: FrameType) -> str:
 def _guard_in_source(frame: FrameType) -> str:
     """Find a `with` or an `if` around the running line of a frame that only some ranks enter at a time."""
     guard = ""
+    if not _uses(frame, _GUARD_CONTEXTS | _GUARD_CONDITIONS):
+        return guard
     for node in ast.walk(_parse(frame)):  # outer statements come first, so the innermost guard wins
         if not isinstance(node, ast.With | ast.If) or not _encloses(node.body, frame.f_lineno):
             continue
@@ -153,6 +155,12 @@ def _guard_in_source(frame: FrameType) -> str:
         elif _names(node.test) & _GUARD_CONDITIONS:
             guard = f"`if {ast.unparse(node.test)}:`"
     return guard
+
+
+def _uses(frame: FrameType, names: set[str]) -> bool:
+    """Return whether the code of a frame has one of these names; reads no source, which takes long."""
+    code = frame.f_code
+    return not names.isdisjoint((*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars))
 
 
 def _parse(frame: FrameType) -> ast.Module:
