@@ -158,7 +158,7 @@ def serve(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Ite
 
 def occupy(listener: socket.socket, topology: Topology) -> str:
     """Bind the port that ranks without a process group choose, and return their `MASTER_PORT`."""
-    for port in map(str, range(1, 1000)):
+    for port in map(str, range(1 + os.getpid() % 50_000, 2**16)):  # other workers of pytest choose other ports
         environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with suppress(OSError):
             listener.bind(("127.0.0.1", address_beside_process_group(topology, environ).port))
@@ -178,7 +178,7 @@ def test_a_port_where_something_else_listens(
         where = "127.0.0.1:{} within 2 s: {}".format(listener.getsockname()[1], "{}")
         with serve(listener, talk):
             rank(RANK=0, **given)
-            assert where.format("another program listens on this port") in fails(model, NotDistributed)
+            assert where.format("another program uses this port") in fails(model, NotDistributed)
             rank(RANK=1, **given)
             assert where.format("a program that is no store of this job") in fails(model, NotDistributed)
             given |= {"MASTER_PORT": listener.getsockname()[1], "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -194,6 +194,15 @@ def test_nothing_listens(model: Nodes, rank: Callable[..., None]) -> None:
         assert "within 2 s: nothing answers there. Rank 0 must make the same call" in fails(model, NotDistributed)
         rank(RANK=1, MASTER_ADDR="no-such-host.invalid", **given)
         assert "this host cannot resolve no-such-host.invalid. Set MASTER_ADDR" in fails(model, NotDistributed)
+
+
+def test_rank_0_is_on_another_node(model: Nodes, rank: Callable[..., None]) -> None:
+    rank()
+    with socket.socket() as listener:
+        port = occupy(listener, Topology(0, 2))
+    # An address of documentation, RFC 5737, which no machine has.
+    rank(RANK=0, WORLD_SIZE=2, MASTER_ADDR="192.0.2.1", MASTER_PORT=port)
+    assert "this node has no such address. Set MASTER_ADDR to an address of the node" in fails(model, NotDistributed)
 
 
 def test_a_store_of_another_program(model: Nodes, rank: Callable[..., None]) -> None:
@@ -264,13 +273,12 @@ class TestJoin:
 
 
 def test_every_rank_ends_when_one_has_wrong_variables(model: Nodes, tmp_path: Path) -> None:
-    """Three jobs of two ranks at a time."""
-    agree = 15  # seconds; the ranks start at different times on a busy machine
+    """Two jobs of two ranks at a time."""
+    agree = 12  # seconds; the ranks start at different times on a busy machine
     model.variables["WEIGHTFERRY_AGREE_TIMEOUT"] = str(agree)
     cases = [
         ({"RANK": "0"}, "another process of this node has rank 0 too", "did not call within"),
         ({"RANK": "1", "WORLD_SIZE": "3"}, "found the store of another job", "did not call within"),
-        ({"RANK": "2"}, "RANK=2 is not a rank of WORLD_SIZE=2", "did not call within"),
     ]
     with ExitStack() as stack:  # so that each job has a port of its own
         ports = [occupy(stack.enter_context(socket.socket()), Topology(0, 2)) for _ in cases]

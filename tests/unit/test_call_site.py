@@ -81,6 +81,7 @@ def test_the_function_around_a_call_is_named(called_from: Callable[..., CallSite
         ("speechbrain.utils.distributed", "run_on_main", "SpeechBrain's run_on_main"),
         ("speechbrain.utils.distributed", "main_proc_wrapped_func", "SpeechBrain's main_process_only"),
         ("lightning_utilities.core.rank_zero", "wrapped_fn", "Lightning's rank_zero_only"),
+        ("accelerate.accelerator", "_inner", "accelerate's on_main_process or a decorator like it"),
         ("somebody.else", "wrapped_fn", ""),
     ],
 )
@@ -97,6 +98,22 @@ def test_a_hook_of_lightning(called_from: Callable[..., CallSite]) -> None:
     text = "def prepare_data():\n    call()\nrun(prepare_data)"
     assert called_from(text, run=lightning.__dict__["run"]).guard == "Lightning's prepare_data"
     assert called_from(text, run=lambda f: f()).guard == ""
+
+
+def test_only_sources_that_name_a_guard_are_read(called_from: Callable[..., CallSite], tmp_path: Path) -> None:
+    """The source of a large library, which may be on the stack, takes seconds to parse on a busy machine."""
+    library, read = types.ModuleType("library"), list[str]()
+
+    class Loader:
+        def get_source(self, name: str) -> str:
+            read.append(name)
+            return ""
+
+    for name, text in {"plain": "def run(f):\n    return f()", "guards": "def run(f, rank=0):\n    return f()"}.items():
+        library.__dict__.update(__name__=name, __loader__=Loader())
+        exec(compile(text, str(tmp_path / f"{name}.not-there"), "exec"), library.__dict__)
+        called_from("run(lambda: call())", run=library.__dict__["run"])
+    assert read == ["guards"]
 
 
 def test_a_call_without_a_file() -> None:

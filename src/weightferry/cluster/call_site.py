@@ -18,7 +18,7 @@ _GUARD_FUNCTIONS = {
     ("speechbrain.utils.distributed", "main_proc_wrapped_func"): "SpeechBrain's main_process_only",
     ("speechbrain.utils.distributed", "once_per_node_wrapped_fn"): "SpeechBrain's once_per_node",
     ("lightning_utilities.core.rank_zero", "wrapped_fn"): "Lightning's rank_zero_only",
-    ("accelerate.state", "wrapper"): "accelerate's on_main_process",
+    ("accelerate.accelerator", "_inner"): "accelerate's on_main_process or a decorator like it",
 }
 _IF_MAIN = "`if if_main_process():`"
 _HOOKS = {"prepare_data": ("lightning", "pytorch_lightning")}
@@ -109,11 +109,11 @@ def main_process_guard(frame: FrameType | None) -> str:
 
 def _is_in_if_main_process(frame: FrameType) -> bool:
     name = "if_main_process"
-    if name not in (*frame.f_code.co_names, *frame.f_code.co_freevars, *frame.f_code.co_varnames):
-        return False  # without reading the source
+    if not _uses(frame, {name}):
+        return False
     return any(
         isinstance(node, ast.If) and _is_true_only_if(node.test, name) and _encloses(node.body, frame.f_lineno)
-        for node in ast.walk(_parse(_source(frame)))
+        for node in ast.walk(_parse(frame))
     )
 
 
@@ -143,10 +143,10 @@ def _guard_of(frame: FrameType) -> str:
 
 def _guard_in_source(frame: FrameType) -> str:
     """Find a `with` or an `if` around the running line of a frame that only some ranks enter at a time."""
-    source, guard = _source(frame), ""
-    if not any(name in source for name in _GUARD_CONTEXTS | _GUARD_CONDITIONS):
-        return ""  # without parsing: below the call there may be a hundred frames of large libraries
-    for node in ast.walk(_parse(source)):  # outer statements come first, so the innermost guard wins
+    guard = ""
+    if not _uses(frame, _GUARD_CONTEXTS | _GUARD_CONDITIONS):
+        return guard
+    for node in ast.walk(_parse(frame)):  # outer statements come first, so the innermost guard wins
         if not isinstance(node, ast.With | ast.If) or not _encloses(node.body, frame.f_lineno):
             continue
         if isinstance(node, ast.With):
@@ -157,15 +157,16 @@ def _guard_in_source(frame: FrameType) -> str:
     return guard
 
 
-def _source(frame: FrameType) -> str:
-    """Return the text of the file of a frame; empty if the file cannot be read."""
-    return "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+def _uses(frame: FrameType, names: set[str]) -> bool:
+    """Return whether the code of a frame has one of these names; reads no source, which takes long."""
+    code = frame.f_code
+    return not names.isdisjoint((*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars))
 
 
-def _parse(source: str) -> ast.Module:
-    """Return the tree of a text; without content if the text is not Python."""
+def _parse(frame: FrameType) -> ast.Module:
+    """Return the tree of the file of a frame; without content if the file cannot be read."""
     try:
-        return ast.parse(source)
+        return ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
     except (SyntaxError, ValueError, RecursionError):
         return ast.Module([], [])
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from weightferry.cluster.call_site import caller_of_package, find_call_site
+from weightferry.cluster.call_site import CallSite, caller_of_package, find_call_site
 from weightferry.cluster.coordinator import Coordinator, LocalCoordinator
 from weightferry.cluster.launchers import Topology, read_hints, read_topology
 from weightferry.cluster.rendezvous import (
@@ -172,7 +172,7 @@ def _rendezvous(topology: Topology, settings: Settings, name: str) -> Store:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.update(master(topology, os.environ))
     address = StoreAddress(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    return connect_store(topology, settings, address, name)
+    return connect_store(topology, settings, address, lambda: CallSite(name))
 
 
 def _meet_before_process_group(topology: Topology, settings: Settings, name: str, caller: FrameType | None) -> Store:
@@ -180,7 +180,7 @@ def _meet_before_process_group(topology: Topology, settings: Settings, name: str
     global _launcher_store
     if _launcher_store is None:
         address = address_beside_process_group(topology, os.environ)
-        _launcher_store = connect_store(topology, settings, address, str(find_call_site(name, caller)))
+        _launcher_store = connect_store(topology, settings, address, lambda: find_call_site(name, caller))
     return _launcher_store
 
 

@@ -189,8 +189,10 @@ class DistributedCoordinator(Coordinator):
         return value
 
     def _wait(self, key: str, phase: str) -> PhaseResult:
-        check_every = min(self._settings.beat_timeout, self._settings.agree_timeout / 4)
-        return self._barrier.wait(key, check_every, lambda: self._check_rank0_called(phase))
+        # While rank 0 sends heartbeats, no wait may run into its timeout: torch logs a warning each time.
+        check_every = max(2 * self._settings.beat_interval, self._settings.agree_timeout / 4)
+        timeout = min(self._settings.beat_timeout, check_every)
+        return self._barrier.wait(key, timeout, lambda: self._check_rank0_called(phase))
 
     def _check_rank0_called(self, phase: str) -> None:
         now = time.monotonic()

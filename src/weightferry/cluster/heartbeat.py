@@ -21,7 +21,7 @@ from weightferry.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_REPORT_AFTER = 8.0
+_REPORT_AFTER = 6.0
 """Seconds without a result of the first phase after which a rank says which ranks have called and which have not."""
 
 

@@ -8,12 +8,13 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from subprocess import run
 from typing import TYPE_CHECKING
 
+from weightferry.cluster.call_site import CallSite
 from weightferry.cluster.launchers import Topology
 from weightferry.errors import BadRequest, CollectError, NotDistributed
 from weightferry.settings import Settings
@@ -78,15 +79,17 @@ def has_agent_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
-def connect_store(topology: Topology, settings: Settings, address: StoreAddress, call: str) -> Store:
+def connect_store(
+    topology: Topology, settings: Settings, address: StoreAddress, call_site: Callable[[], CallSite]
+) -> Store:
     """Connect to the store at an address; rank 0 holds it, unless the agent of torchrun does.
 
     Does not wait until all ranks have connected: the first phase does, and can say which ranks are missing.
 
     Parameters
     ----------
-    call
-        What the user's code calls, and where, for a warning.
+    call_site
+        Returns where the user's code makes the call, for a warning.
 
     Raises
     ------
@@ -100,12 +103,11 @@ def connect_store(topology: Topology, settings: Settings, address: StoreAddress,
     from weightferry.cluster.store import call_abandonable
 
     began, warned = time.monotonic(), False
-    holds_store = topology.rank == 0 and not has_agent_store()
 
     def connect() -> Store:
         timeout = timedelta(seconds=settings.agree_timeout)
         store = dist.TCPStore(
-            address.host, address.port, topology.world_size, holds_store, timeout, wait_for_workers=False
+            address.host, address.port, topology.world_size, _holds_store(topology), timeout, wait_for_workers=False
         )
         join_job(store, topology, address)
         return store
@@ -124,7 +126,7 @@ def connect_store(topology: Topology, settings: Settings, address: StoreAddress,
                 waited,
                 address,
                 topology.rank,
-                call,
+                call_site(),
             )
 
     try:
@@ -176,31 +178,48 @@ def _job(topology: Topology) -> str:
 
 
 def _not_connected(topology: Topology, settings: Settings, address: StoreAddress, error: str) -> NotDistributed:
+    reason = _reason_at_holder(address, error) if _holds_store(topology) else _reason_at_client(address)
     text = (
         f"rank {topology.rank} on {topology.host} could not connect to the other {topology.world_size - 1} ranks at "
-        f"{address} within {settings.agree_timeout:g} s: {_reason(topology, address)}"
+        f"{address} within {settings.agree_timeout:g} s: {reason}"
     )
     return NotDistributed(f"{text} ({error})" if error else text)
 
 
-def _reason(topology: Topology, address: StoreAddress) -> str:
+def _holds_store(topology: Topology) -> bool:
+    return topology.rank == 0 and not has_agent_store()
+
+
+def _reason_at_holder(address: StoreAddress, error: str) -> str:
+    """Find out why rank 0 could not hold the store, or could not reach its own."""
+    if error and not _is_free(address.port):  # without an error, this process still has the port
+        return (
+            "another program uses this port, or another process of this node has rank 0 too. Set MASTER_PORT to a free "
+            "port, and RANK to another number in each process."
+        )
+    return "this node has no such address. Set MASTER_ADDR to an address of the node of rank 0."
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _reason_at_client(address: StoreAddress) -> str:
     """Find out why the client of a store could not connect."""
-    holds_store = topology.rank == 0 and not has_agent_store()
     try:
         socket.create_connection((address.host, address.port), _PROBE).close()
     except socket.gaierror:
         return f"this host cannot resolve {address.host}. Set MASTER_ADDR to the IP address of the node of rank 0."
     except OSError:
-        if holds_store:
-            return "this node has no such address. Set MASTER_ADDR to an address of the node of rank 0."
         return (
             "nothing answers there. Rank 0 must make the same call, and MASTER_ADDR must lead to its node; to work in "
             "this process alone, pass coordinate=False."
-        )
-    if holds_store:
-        return (
-            "another program listens on this port, or another process of this node has rank 0 too. Set MASTER_PORT to "
-            "a free port, and RANK to another number in each process."
         )
     return (
         "a program that is no store of this job listens there, or stopped answering. Set MASTER_ADDR and MASTER_PORT "
