@@ -23,15 +23,22 @@ NEED_TORCH := tests/unit/loading tests/unit/test_pretrainer.py
 # beside every torch, there is tests/speechbrain/stubs.
 SPEECHBRAIN := $(VENV)/speechbrain
 
-# The packages of the examples are many and large, so they have an environment of their own. It sees what .venv has, so
-# that torch is there once.
+# The packages of the examples are many and large, so they have an environment of their own.
 EXAMPLES := $(VENV)/examples
+
+# transformers 4.57 needs huggingface_hub below 1.0.
+TRANSFORMERS4 := $(VENV)/transformers4
+
+# Make an environment that sees what .venv has; so torch is installed once.
+ON_VENV = $(BIN)/python -m venv --clear --without-pip $(1) && \
+    $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+    >$$(echo $(1)/lib/python3*/site-packages)/venv.pth
 
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
-.PHONY: demo docs test test-fast test-oldest test-pythons test-speechbrain test-examples test-cluster soak soak-cache \
-    check lint types clean
+.PHONY: demo docs test test-fast test-oldest test-pythons test-speechbrain test-examples test-transformers4 \
+    test-cluster soak soak-cache check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weightferry demo
@@ -69,6 +76,10 @@ test-speechbrain: $(SPEECHBRAIN)/.done
 # Each of examples/ with real ranks and the real package.
 test-examples: $(EXAMPLES)/.done
 	$(EXAMPLES)/bin/python -m pytest -n 2 --dist worksteal tests/examples
+
+# The examples that use transformers, beside its last 4.x; `make test-examples` runs them with the newest.
+test-transformers4: $(TRANSFORMERS4)/.done
+	$(TRANSFORMERS4)/bin/python -m pytest -n 2 tests/examples -k "transformers_from_pretrained or transformers_trainer"
 
 test-cluster: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 tests/cluster
@@ -144,14 +155,21 @@ $(SPEECHBRAIN)/.done: $(VENV)/.test Makefile constraints.txt
 	    speechbrain requests urllib3 idna charset-normalizer certifi
 	touch $@
 
-# A .pth file adds the folder of .venv's packages. SpeechBrain comes without what it requires: see SPEECHBRAIN.
+# SpeechBrain comes without what it requires: see SPEECHBRAIN.
 $(EXAMPLES)/.done: $(VENV)/.test Makefile
-	$(BIN)/python -m venv --clear --without-pip $(EXAMPLES)
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	    >$$($(EXAMPLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(call ON_VENV,$(EXAMPLES))
 	$(PIP) --python $(EXAMPLES)/bin/python install $(QUICK) --constraint constraints.txt \
 	    $$(sed -n '/^examples/,/^]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
 	$(PIP) --python $(EXAMPLES)/bin/python install $(QUICK) --constraint constraints.txt --no-deps speechbrain
+	touch $@
+
+# pip chooses the huggingface_hub that fits both. It complains of the demo's sentence-transformers, which is not used here.
+$(TRANSFORMERS4)/.done: $(VENV)/.test Makefile
+	$(call ON_VENV,$(TRANSFORMERS4))
+	$(PIP) --python $(TRANSFORMERS4)/bin/python install $(QUICK) \
+	    weightferry 'transformers==4.57.*' $$(grep -E '^(accelerate|psutil)==' constraints.txt)
+	$(TRANSFORMERS4)/bin/python -c 'from importlib.metadata import version; \
+	    assert (version("transformers")[:5], version("huggingface_hub")[:2]) == ("4.57.", "0.")'
 	touch $@
 
 clean:

@@ -103,7 +103,7 @@ def sentence_encoder(folder: Path) -> str:
     """A BERT with mean pooling and a tokenizer of words."""
     import numpy as np
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

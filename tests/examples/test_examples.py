@@ -34,8 +34,12 @@ MODELS: dict[str, Callable[[Path], str]] = {
 
 Run = Callable[..., None]
 
-# peft asks transformers for a name that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# Warnings that other packages give while a model is made: peft asks transformers for a name that transformers has
+# renamed, and torch says that it saves a checkpoint in a single process, as it is told to.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
+]
 
 
 class Repositories:
@@ -68,6 +72,7 @@ def run(repositories: Repositories, tmp_path: Path) -> Run:
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WEIGHTFERRY_"))}
         environ |= {"HF_ENDPOINT": repositories.hub.url, "HF_HOME": str(tmp_path / "huggingface")}
         environ |= {"WEIGHTFERRY_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environ["RAY_USAGE_STATS_ENABLED"] = "0"
         environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_PROXY": "*"}
         if "speechbrain" in example:
             environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TORCHAUDIO), os.environ.get("PYTHONPATH")]))
