@@ -37,6 +37,9 @@ ON_VENV = $(BIN)/python -m venv --clear --without-pip $(1) && \
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
 
+# The tests start hundreds of processes: without files for bytecode, each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo docs test test-fast test-oldest test-pythons test-speechbrain test-examples test-transformers4 \
     test-cluster soak soak-cache check lint types clean
 

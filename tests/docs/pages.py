@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from torch import distributed as dist
 
+from tests.multiprocess.nodes import PRELOAD
 from weightferry.testing.hub import HubServer
 from weightferry.testing.ranks import run_ranks
 
@@ -89,7 +90,8 @@ class PageFolder:
     def python(self, sources: list[tuple[str, str]]) -> list[str]:
         """Run blocks, each with its name, in one namespace on two ranks; what each prints on rank 0."""
         mapped = [(name, self.mapped(source)) for name, source in sources]
-        (first, *_) = [outcome.get() for outcome in run_ranks(_python, 2, self.root, mapped, environ=self.environ)]
+        outcomes = run_ranks(_python, 2, self.root, mapped, environ=self.environ, preload=PRELOAD)
+        (first, *_) = [outcome.get() for outcome in outcomes]
         return [self.shown(text) for text in first]
 
     def console(self, command: str) -> tuple[str, str]:
@@ -104,7 +106,7 @@ class PageFolder:
             return "0", ""
         assert words[0] == "weightferry", f"only weightferry is run by this test, mark the block `check`: {command}"
         environ = self.environ() | variables
-        (outcome,) = run_ranks(_console, 1, self.root, words[1:], environ=lambda _: environ)
+        (outcome,) = run_ranks(_console, 1, self.root, words[1:], environ=lambda _: environ, preload=PRELOAD)
         code, output = outcome.get()
         return str(code), self.shown(output)
 

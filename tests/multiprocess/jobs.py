@@ -100,6 +100,11 @@ def stage(source: str, **options: Any) -> tuple[Path, dict[str, str]]:
     return path, _sha256s(path)
 
 
+def stage_below(folder: Path, source: str) -> tuple[Path, dict[str, str]]:
+    """Stage a source with a cache folder for each rank, below a folder."""
+    return stage(source, cache_dir=folder / f"node{rank()}")
+
+
 def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
     """Make the call; its value, and the warnings of weightferry that this rank logged meanwhile."""
     handler, texts = logging.Handler(logging.WARNING), list[str]()

@@ -16,6 +16,8 @@ from weightferry.testing.hub import HubServer
 from weightferry.testing.ranks import Ranks, run_ranks
 
 HOST = socket.gethostname()
+# The ranks' functions lie in test modules; without this, each rank imports for 0.3 s what these import.
+PRELOAD = ("pytest", "tests.multiprocess.launched")
 
 # What the user of this machine has set has no business in a test; "" counts as not set.
 _CLEARED = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"), "")
@@ -70,7 +72,8 @@ class Nodes:
 
     def run(self, work: Callable[..., Any], *args: Any, world_size: int = 4) -> list[Any]:
         """Run one call on every rank and return the values by rank."""
-        return [outcome.get() for outcome in run_ranks(work, world_size, *args, environ=self.environ, timeout=110)]
+        outcomes = run_ranks(work, world_size, *args, environ=self.environ, timeout=110, preload=PRELOAD)
+        return [outcome.get() for outcome in outcomes]
 
     def tries(self, *calls: Callable[[], Any], world_size: int = 4) -> list[list[Got]]:
         """Run several calls in one job; by call, by rank, what became of it."""
@@ -85,7 +88,7 @@ class Nodes:
 
     def start(self, work: Callable[..., Any], *args: Any, world_size: int = 4) -> Ranks:
         """Start one call on every rank, to be ended by the caller."""
-        return Ranks(work, world_size, *args, environ=self.environ)
+        return Ranks(work, world_size, *args, environ=self.environ, preload=PRELOAD)
 
 
 def failed_alike(gots: Sequence[Got], kind: type[CollectError], phase: str, ranks: set[int], *texts: str) -> str:

@@ -175,7 +175,7 @@ def test_a_port_where_something_else_listens(
         rank()
         port = occupy(listener, Topology(0, 2))
         given = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        where = "127.0.0.1:{} within 2 s: {}".format(listener.getsockname()[1], "{}")
+        where = f"127.0.0.1:{listener.getsockname()[1]} within {AGREE} s: {{}}"
         with serve(listener, talk):
             rank(RANK=0, **given)
             assert where.format("another program uses this port") in fails(model, NotDistributed)
@@ -191,7 +191,7 @@ def test_nothing_listens(model: Nodes, rank: Callable[..., None]) -> None:
         rank()
         given = {"WORLD_SIZE": 2, "MASTER_PORT": occupy(listener, Topology(0, 2))}
         rank(RANK=1, MASTER_ADDR="127.0.0.1", **given)
-        assert "within 2 s: nothing answers there. Rank 0 must make the same call" in fails(model, NotDistributed)
+        assert f"within {AGREE} s: nothing answers there. Rank 0 must make the same call" in fails(model, NotDistributed)
         rank(RANK=1, MASTER_ADDR="no-such-host.invalid", **given)
         assert "this host cannot resolve no-such-host.invalid. Set MASTER_ADDR" in fails(model, NotDistributed)
 

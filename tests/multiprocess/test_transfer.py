@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.multiprocess import jobs
-from tests.multiprocess.nodes import Nodes, check_cache, failed_alike, sha256s, values
+from tests.multiprocess.nodes import PRELOAD, Nodes, check_cache, failed_alike, sha256s, values
 from tests.multiprocess.test_lost_ranks import wait_for
 from weightferry.errors import CollectError, IntegrityError, OriginUnreachable
 from weightferry.testing.hub import Fault, HubOptions, HubServer
@@ -160,7 +160,8 @@ def two_jobs(four: Nodes, first: Any, second: Any) -> list[list[Any]]:
     done: list[list[Any]] = [[], []]
 
     def run(number: int, work: Any) -> None:
-        done[number] = [outcome.get() for outcome in run_ranks(work, 2, environ=four.environ, timeout=110)]
+        outcomes = run_ranks(work, 2, environ=four.environ, timeout=110, preload=PRELOAD)
+        done[number] = [outcome.get() for outcome in outcomes]
 
     threads = [threading.Thread(target=run, args=job) for job in enumerate((first, second))]
     for thread in threads:
@@ -215,7 +216,7 @@ def test_never_a_wrong_file(four: Nodes) -> None:
         folder = four.place / f"seed{seed}"
         four.hub.faults.clear()
         four.hub.faults.add(*faults(rng))
-        call = partial(jobs.each, partial(stage_below, folder))
+        call = partial(jobs.each, partial(jobs.stage_below, folder, "org/soak"))
         with four.start(call, world_size=3) as ranks:
             if killed := rng.random() < 0.3:
                 before = four.hub.content_bytes()
@@ -230,12 +231,8 @@ def test_never_a_wrong_file(four: Nodes) -> None:
                 (got,) = outcome.get()
                 assert isinstance(got.error, CollectError) if got.error else got.value[1] == expected, f"seed {seed}"
         four.hub.faults.clear()
-        seen = four.run(partial(stage_below, folder), world_size=3)
+        seen = four.run(partial(jobs.stage_below, folder, "org/soak"), world_size=3)
         assert [files for _, files in seen] == [expected] * 3, f"seed {seed}"
-
-
-def stage_below(folder: Path) -> Any:
-    return jobs.stage("org/soak", cache_dir=folder / f"node{jobs.rank()}")
 
 
 def test_the_hub_is_asked_once_for_a_file_however_many_pieces(four: Nodes) -> None:

@@ -48,7 +48,7 @@ class HubContent:
         self._client, self._token = client, token
         self._urls = SignedUrlCache()
         self._xet = XetReader(settings)
-        self._use_xet = self._xet.available
+        self._use_xet = True
 
     @contextmanager
     def read(self, source: Source, file: File, request: RangeRequest) -> Iterator[Iterator[bytes]]:
@@ -65,7 +65,7 @@ class HubContent:
                 return
             fetch_url = partial(self._request_signed_url, source, request)
             location = self._urls.get(request.url, fetch_url)
-            if location.xet and self._use_xet and request.start < location.xet.size:
+            if location.xet and self._use_xet and self._xet.available and request.start < location.xet.size:
                 yield stack.enter_context(closing(self._from_xet(location.xet, source, fetch_url, request)))
             else:
                 yield self._open(stack, source, fetch_url, request).body

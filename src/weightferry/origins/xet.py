@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -47,11 +48,15 @@ class XetReader:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._hf_xet = _module()
         self._settings = settings
         self._lock = threading.Lock()
         self._session: Any = None
         self._groups: dict[str, Any] = {}
+
+    @cached_property
+    def _hf_xet(self) -> Any:
+        """The module, imported for the first file in Xet: it starts threads, and takes 0.1 s."""
+        return _module()
 
     @property
     def available(self) -> bool:

@@ -8,7 +8,7 @@
     outcomes = run_ranks(work, 4, environ=lambda rank: {"WEIGHTFERRY_CACHE_DIR": f"{tmp}/node{rank // 2}"})
 
 A server process imports torch once and forks the ranks. So `work` must be a function of a module, and its arguments and
-its value must pickle.
+its value must pickle. Name the other modules that the ranks need in `preload`: otherwise each rank imports them itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 _PRELOAD = (
     "torch.distributed",
+    "torch._dynamo",  # each optimizer and each DDP imports it, which takes seconds
     "weightferry.testing.ranks",
     "weightferry.staging",
+    "weightferry.pretrainer",
+    "weightferry.transfer.relay.ring",
     "weightferry.cluster.distributed",
-    "weightferry.loading.hook_registry",
+    "weightferry.loading.load_all",
     "weightferry.origins.hub",
 )
 
@@ -76,6 +79,7 @@ def run_ranks(
     *args: Any,
     environ: Callable[[int], Mapping[str, str]] | None = None,
     timeout: float = 60.0,
+    preload: Sequence[str] = (),
 ) -> list[RankOutcome]:
     """Run ``work(*args)`` on every rank of a gloo process group, and wait for all ranks.
 
@@ -89,13 +93,15 @@ def run_ranks(
         Returns the environment variables of a rank, to set before the process group is made.
     timeout
         Seconds until all ranks are killed.
+    preload
+        Names of modules that the server process imports when it starts, which is in the first call of a process.
 
     Raises
     ------
     TimeoutError
         It names the ranks that did not end.
     """
-    with Ranks(work, world_size, *args, environ=environ) as ranks:
+    with Ranks(work, world_size, *args, environ=environ, preload=preload) as ranks:
         return ranks.outcomes(timeout)
 
 
@@ -108,9 +114,10 @@ class Ranks:
         world_size: int,
         *args: Any,
         environ: Callable[[int], Mapping[str, str]] | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOAD))
+        context.set_forkserver_preload([*_PRELOAD, *preload])
         self._began = time.monotonic()
         self._connections: list[Connection] = []
         self._processes = []
