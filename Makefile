@@ -17,7 +17,9 @@ HUB_TESTS := tests/contract/test_layout_hf.py tests/contract/test_hub_content.py
 
 # The oldest and the newest Python. PyPI has torch for them only with CUDA, several GB; so without torch.
 PYTHONS := 3.10 3.13
-NEED_TORCH := tests/unit/loading tests/unit/test_pretrainer.py
+NEED_TORCH := tests/unit/loading tests/unit/test_pretrainer.py tests/unit/test_store.py
+TESTS_WITH_TORCH := tests/unit/test_report.py::test_public_names_exist \
+    tests/unit/test_run_transfer.py::test_a_failed_read_is_the_error_also_while_the_ring_is_made
 
 # SpeechBrain lies here, with what its imports need and .venv may lack. In place of torchaudio, which cannot be imported
 # beside every torch, there is tests/speechbrain/stubs.
@@ -69,7 +71,7 @@ test-oldest: $(OLDEST)/.done $(MIDDLE)/.done
 test-pythons: $(PYTHONS:%=$(VENV)/python%/.done)
 	for version in $(PYTHONS); do \
 	    $(VENV)/python$$version/bin/python -m pytest -n 2 --dist worksteal tests/unit $(NEED_TORCH:%=--ignore %) \
-	        --deselect tests/unit/test_report.py::test_public_names_exist || exit 1; \
+	        $(TESTS_WITH_TORCH:%=--deselect %) || exit 1; \
 	done
 
 # Our Pretrainer in code of SpeechBrain, and beside SpeechBrain's own class.

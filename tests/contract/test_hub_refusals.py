@@ -17,7 +17,7 @@ from tests.contract.backends import parse
 from tests.contract.hub_library import close_hub_session
 from tests.raw_server import RawServer, create_authority, server_context
 from weightferry.errors import AccessDenied, CollectError, OriginError, SourceNotFound
-from weightferry.origins.base import Busy, Silent, TransientOriginError, Unreachable
+from weightferry.origins.base import RateLimited, Silent, TransientOriginError, Unreachable
 from weightferry.origins.hub_errors import CheckedClient, hub_errors
 from weightferry.origins.hub_session import HubClient
 from weightferry.origins.network import CERTIFICATE_VARIABLES
@@ -66,7 +66,7 @@ CASES: list[tuple[int, str, str, str, Any, type[CollectError], str]] = [
     (400, "", "", JSON, {"error": ["one", "two"]}, OriginError, "HTTP 400: one\ntwo"),
     (400, "", "one", JSON, {"error": "one", "errors": [{"message": "two"}, {}]}, OriginError, "HTTP 400: one\ntwo"),
     (418, "Unknown", "", "text/plain", "", OriginError, "HTTP 418"),
-    (429, "", "", JSON, {"error": "slow down"}, Busy, "HTTP 429: slow down"),
+    (429, "", "", JSON, {"error": "slow down"}, RateLimited, "HTTP 429: slow down"),
     (500, "", "Internal Error - <hidden>", JSON, {}, TransientOriginError, "HTTP 500: Internal Error"),
 ]
 

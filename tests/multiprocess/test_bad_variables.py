@@ -191,7 +191,9 @@ def test_nothing_listens(model: Nodes, rank: Callable[..., None]) -> None:
         rank()
         given = {"WORLD_SIZE": 2, "MASTER_PORT": occupy(listener, Topology(0, 2))}
         rank(RANK=1, MASTER_ADDR="127.0.0.1", **given)
-        assert f"within {AGREE} s: nothing answers there. Rank 0 must make the same call" in fails(model, NotDistributed)
+        assert f"within {AGREE} s: nothing answers there. Rank 0 must make the same call" in fails(
+            model, NotDistributed
+        )
         rank(RANK=1, MASTER_ADDR="no-such-host.invalid", **given)
         assert "this host cannot resolve no-such-host.invalid. Set MASTER_ADDR" in fails(model, NotDistributed)
 

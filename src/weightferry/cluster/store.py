@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -15,6 +16,7 @@ from torch import distributed as dist
 T = TypeVar("T")
 
 _LOOK_EVERY = 0.25  # seconds between two checks whether an answer can still come
+_EXIT_WAIT = 2.0  # seconds that the end of the process waits for a thread that was left behind
 
 
 def put(store: dist.Store, key: str, value: bytes) -> None:
@@ -41,8 +43,14 @@ def call_abandonable(work: Callable[[], T], check: Callable[[], None]) -> T:
     The thread then stays behind, inside a call that nothing can interrupt.
     """
     answer: Future[T] = Future()
-    threading.Thread(target=_answer, args=(work, answer), name="weightferry-call", daemon=True).start()
-    return _await(answer, check)
+    thread = threading.Thread(target=_answer, args=(work, answer), name="weightferry-call", daemon=True)
+    thread.start()
+    try:
+        return _await(answer, check)
+    except BaseException:
+        # A thread that comes back from C++ while the interpreter ends would abort the process.
+        atexit.register(thread.join, _EXIT_WAIT)
+        raise
 
 
 def _answer(work: Callable[[], T], answer: Future[T]) -> None:
