@@ -74,7 +74,7 @@ class StoreClients:
 
     def __init__(self, port: int) -> None:
         self.waiting, self.side = (CountingStore(dist.TCPStore("127.0.0.1", port, is_master=False)) for _ in range(2))
-        self.caller, self.lost = StoreCaller(), False
+        self.store, self.caller, self.lost = self.waiting, StoreCaller(), False
 
     @property
     def requests(self) -> int:
