@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Python keeps what it has compiled (an empty value means yes), so pip need not compile all files of all packages before.
+# Python keeps what it has compiled (an empty value means yes): the tests start hundreds of processes, and pip need not
+# compile all files of all packages before.
 export PYTHONDONTWRITEBYTECODE :=
 QUICK := --quiet --no-compile
 
@@ -38,9 +39,6 @@ ON_VENV = $(BIN)/python -m venv --clear --without-pip $(1) && \
 
 # The version that mkdocs-material would load by itself is the newest 11.
 MERMAID := 11.17.2
-
-# The tests start hundreds of processes: without files for bytecode, each would compile the package again.
-unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo docs test test-fast test-oldest test-pythons test-speechbrain test-examples test-transformers4 \
     test-cluster soak soak-cache check lint types clean
