@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples import models
+from tests.examples.processes import run_to_end
 from weightferry.testing.hub import HubServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -69,23 +69,11 @@ def run(repositories: Repositories, tmp_path: Path) -> Run:
 
     def run(command: tuple[str, ...], example: str, *sources: str, options: tuple[str, ...] = ()) -> None:
         right = [repositories.printed(source) for source in sources][-1]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WEIGHTFERRY_"))}
-        environ |= {"HF_ENDPOINT": repositories.hub.url, "HF_HOME": str(tmp_path / "huggingface")}
-        environ |= {"WEIGHTFERRY_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_PROXY": "*"}
+        variables = {"RAY_USAGE_STATS_ENABLED": "0"}
         if "speechbrain" in example:
-            environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TORCHAUDIO), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            [*command, str(EXAMPLES / example), *sources, *options],
-            env=environ,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TORCHAUDIO), os.environ.get("PYTHONPATH")]))
+        full_command = [*command, str(EXAMPLES / example), *sources, *options]
+        done = run_to_end(full_command, repositories.hub, tmp_path, LIMIT, variables)
         # Two ranks write to one stream, so the end of a line may come after the next line.
         lines = re.findall(r"rank \d+: fingerprint (?:(?!rank \d).)*", done.stdout)
         wrong = [line for line in lines if not re.fullmatch(rf"rank [01]: {re.escape(right)}(?!\d).*", line)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.examples.processes import run_to_end
 from weightferry.testing.hub import HubServer
 
 SCRIPT = Path(__file__).with_name("guards.py")
@@ -35,20 +34,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     folder = tmp_path_factory.mktemp("guards")
     with HubServer() as hub:
         hub.add_repo("org/model", {"config.json": b"{}"})
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WEIGHTFERRY_"))}
-        environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "huggingface"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environ |= {"WEIGHTFERRY_CACHE_DIR": str(folder / "cache"), "WEIGHTFERRY_AGREE_TIMEOUT": str(AGREE)}
-        environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_PROXY": "*"}
-        done = subprocess.run(
-            [*TORCHRUN, str(SCRIPT), "org/model", str(folder)],
-            env=environ,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        command = [*TORCHRUN, str(SCRIPT), "org/model", str(folder)]
+        run_to_end(command, hub, folder, LIMIT, {"WEIGHTFERRY_AGREE_TIMEOUT": str(AGREE)})
         assert hub.requests == []
     return {call["guard"]: call for call in json.loads((folder / "rank0.json").read_text())}
 
